@@ -1,0 +1,25 @@
+import os
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    "The folder of the full data sets; without one the test is skipped."
+    if not (folder := os.environ.get("NIOODD_DATA")): pytest.skip("NIOODD_DATA is not set: no folder of full data sets")
+    return Path(folder)
+
+
+@pytest.fixture
+def no_data(monkeypatch, tmp_path) -> Path:
+    "A machine without data: no NIOODD_DATA, an empty per-user cache, an empty working folder, which is returned."
+    monkeypatch.delenv("NIOODD_DATA", raising=False)
+    monkeypatch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())  # its list of fonts takes seconds to make anew
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path/"cache"))
+    (work := tmp_path/"work").mkdir()
+    monkeypatch.chdir(work)
+    return work
