@@ -432,12 +432,13 @@ def _missing(name: str, root: Path, looked_for: str) -> NiooddError:
                        "`nioodd data` lists what is found")
 
 # %% ../nbs/02_data.ipynb #4b22335f
-def _torchvision(name: str, root: Path, make: Callable[[str], Any]) -> Any:
-    "`make(root)`, with whatever torchvision raises said in one line."
+def _torchvision(name: str, root: Path, download: bool, make: Callable[[str], Any]) -> Any:
+    "`make(root)`; what torchvision raises (network, disk, checksum, pickle, assertion …) is said in one line."
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        if download: root.mkdir(parents=True, exist_ok=True)
         return make(str(root))
-    except Exception as e: # of which there are many kinds: network, disk, checksum, pickle, idx header
+    except Exception as e:
+        if download: raise NiooddError(f"{name} could not be downloaded to {root} ({_line(e)}); check the network and the folder, and try again") from e
         raise NiooddError(f"{name} cannot be read from {root} ({_line(e)}); delete its files there and get it again: {SOURCES[name].how}") from e
 
 # %% ../nbs/02_data.ipynb #2b81cb85
@@ -463,7 +464,7 @@ def _idx_set(name: str, split: str, root: Path, download: bool, **_) -> ImageSet
     if there:
         counts = [_check_idx(raw / f) for f in files if f.startswith("train" if split == "train" else "t10k")]
         if len(set(counts)) > 1: raise NiooddError(f"{raw} holds {counts[0]:,} images but {counts[1]:,} labels; delete the folder and get it again")
-    d = _torchvision(name, root, lambda r: kind(r, split == "train", download=download))
+    d = _torchvision(name, root, download, lambda r: kind(r, split == "train", download=download))
     return ImageSet(name, d.data.unsqueeze(1), d.targets.long(), [c.split(" - ")[0] for c in kind.classes])
 
 # %% ../nbs/02_data.ipynb #1ade3df2
@@ -472,7 +473,7 @@ def _cifar(name: str, split: str, root: Path, download: bool, **_) -> ImageSet:
     from torchvision import datasets
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     if not (download or (root / kind.base_folder).is_dir()): raise _missing(name, root, kind.base_folder)
-    d = _torchvision(name, root, lambda r: kind(r, split == "train", download=download))
+    d = _torchvision(name, root, download, lambda r: kind(r, split == "train", download=download))
     return ImageSet(name, torch.from_numpy(d.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(d.targets), list(d.classes))
 
 # %% ../nbs/02_data.ipynb #86020045
@@ -480,7 +481,7 @@ def _svhn(split: str, root: Path, download: bool, **_) -> ImageSet:
     "SVHN's cropped digits from ROOT/train_32x32.mat and ROOT/test_32x32.mat."
     from torchvision.datasets import SVHN # which sets label 10 (the digit 0) to 0
     if not (download or (root / f"{split}_32x32.mat").is_file()): raise _missing("svhn", root, f"{split}_32x32.mat")
-    d = _torchvision("svhn", root, lambda r: SVHN(r, split, download=download))
+    d = _torchvision("svhn", root, download, lambda r: SVHN(r, split, download=download))
     return ImageSet("svhn", torch.from_numpy(d.data).contiguous(), torch.from_numpy(d.labels), [str(k) for k in range(10)])
 
 # %% ../nbs/02_data.ipynb #04b0fe84
@@ -542,12 +543,13 @@ def _cmaterdb(split: str, root: Path, download: bool, **_) -> ImageSet:
     path = root / _CMATERDB.format(part)
     if download and not path.is_file():
         from torchvision.datasets.utils import download_url
-        _torchvision("cmaterdb", root, lambda r: download_url(_CMATERDB_URL + path.name, str(path.parent), md5=_CMATERDB_MD5[part]))
+        _torchvision("cmaterdb", root, True, lambda r: download_url(_CMATERDB_URL + path.name, str(path.parent), md5=_CMATERDB_MD5[part]))
     if not path.is_file(): raise _missing("cmaterdb", root, _CMATERDB.format(part))
     try:
         with np.load(path, allow_pickle=False) as z: images, labels = z["images"], z["labels"].reshape(-1)
     except Exception as e: raise NiooddError(f"{path} is not a sound npz file with images and labels ({_line(e)}); delete it and get it again") from e
-    s = from_arrays(images, labels, "cmaterdb", [str(d) for d in range(10)])
+    try: s = from_arrays(images, labels, "cmaterdb", [str(d) for d in range(10)])
+    except NiooddError as e: raise NiooddError(f"{path}: {e}") from e
     return s[torch.randperm(len(s), generator=torch.Generator().manual_seed(0))]
 
 # %% ../nbs/02_data.ipynb #2afa9eb6

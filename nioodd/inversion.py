@@ -78,7 +78,7 @@ class Weights(NamedTuple):
     cosine: float = 6000.0
     ortho: float = 10.0
 
-# %% ../nbs/08_inversion.ipynb #4b9fecdc
+# %% ../nbs/08_inversion.ipynb #da46ece8
 def inversion_loss(
     logits: Tensor, # The frozen classifier's answer to the generated images [N, K]
     features: Tensor, # Its penultimate features [N, d]
@@ -90,6 +90,7 @@ def inversion_loss(
     normalise: bool = True, # Of the features in the orthogonality loss
 ) -> tuple[Tensor, dict[str, Tensor]]: # The total, and the four terms before weighting
     "L_inv (paper §2.1.1) divided by the sum of the weights, and its terms `kl`, `ce`, `cosine`, `ortho` before weighting."
+    if logits.shape != c.shape: raise NiooddError(f"logits are {list(logits.shape)}, conditions {list(c.shape)}; expected one condition for each output")
     share = _shares(weights)
     terms = dict(kl=kl_loss(logits, c, kl_direction), ce=ce_loss(logits, y), cosine=cosine_loss(features),
                  ortho=orthogonality_loss(features, normalise))

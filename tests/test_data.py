@@ -7,6 +7,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -196,14 +197,14 @@ def test_noise_splits_share_nothing():
     assert len(load("uniform", size=2)) == 10_000
 
 
-def test_noise_distributions():
-    x = noise("gaussian", 0, 2000).double()
-    assert abs((x == 0).double().mean() - 0.158655) < 2e-3 and abs((x == 255).double().mean() - 0.158655) < 2e-3
-    inner = ((x - 127.5) / 127.5)[(x > 0) & (x < 255)]
-    assert abs(inner.mean()) < 2e-3 and abs(inner.var() - 0.29113) < 2e-3 # variance of N(0,1) truncated to [-1, 1]
-    counts = torch.bincount(noise("uniform", 0, 2000).flatten().int(), minlength=256).double()
-    e = counts.sum() / 256
-    assert ((counts - e) ** 2 / e).sum() < 350 # chi-square, 255 degrees of freedom: one in 30,000
+@pytest.mark.parametrize("kind", ["gaussian", "uniform"])
+def test_noise_distributions(kind):
+    "Chi-square over the 256 levels against the exact probabilities; one good generator in 30,000 fails 350 at 255 degrees of freedom."
+    counts = torch.bincount(noise(kind, 0, 2000).flatten().int(), minlength=256).double()
+    edges = torch.special.ndtr((torch.arange(255).double() + 0.5) / 127.5 - 1) # between neighbouring levels
+    p = torch.diff(torch.cat([torch.zeros(1), edges, torch.ones(1)])) if kind == "gaussian" else torch.full((256,), 1 / 256)
+    e = counts.sum() * p.double()
+    assert ((counts - e) ** 2 / e).sum() < 350
 
 
 def test_noise_is_the_same_forever():
@@ -363,15 +364,14 @@ def test_svhn(tmp_path, monkeypatch):
 
 
 def test_download_happens_only_when_asked_and_fails_in_one_line(tmp_path, monkeypatch):
-    import torchvision.datasets.utils as tv
     asked = []
-    def refuse(url, *a, **k): asked.append(url); raise OSError("no route to host\nsecond line")
-    monkeypatch.setattr(tv, "_urlretrieve", refuse)
+    def refuse(url, *a, **k): asked.append(url); raise URLError("no route to host\nsecond line")
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
     for name in ("mnist", "cifar10", "cifar100", "svhn", "cmaterdb"):
         fails((name,), [name], root=tmp_path / "new")
         assert not asked and not (tmp_path / "new").exists()
     for name in ("mnist", "cifar10", "cifar100", "svhn", "cmaterdb"):
-        fails((name,), [f"{name} cannot be read"], root=tmp_path / "new", download=True)
+        fails((name,), [f"{name} could not be downloaded to {tmp_path}", "no route"], root=tmp_path / "new", download=True)
         assert asked; asked.clear()
 
 
@@ -457,7 +457,7 @@ def test_cmaterdb(tmp_path):
     lambda p: np.savez(p, images=np.array([{}], dtype=object), labels=np.zeros(1)),
     lambda p: np.savez(p, images=np.zeros((2, 32, 32, 3), np.uint8), labels=np.zeros(3, int)),
     lambda p: np.savez(p, images=np.zeros((2, 32, 32, 3), np.uint8), labels=np.array([0, 77])),
-    lambda p: p.write_bytes(p.read_bytes()[:300] + bytes(50) + p.read_bytes()[350:]),
+    lambda p: p.write_bytes(p.read_bytes()[:9000] + b"U" * 50 + p.read_bytes()[9050:]), # the checksum inside no longer fits
 ])
 def test_cmaterdb_damaged(tmp_path, spoil):
     path = write_cmaterdb(tmp_path) / "training-images.npz"
@@ -582,9 +582,9 @@ def test_real_mnist_is_loaded_fast_and_whole():
 
 @needs_data
 def test_real_digits5k_come_from_the_training_set_of_mnist():
-    train = {x.tobytes() for x in load("mnist").images.numpy()}
-    assert all(x.tobytes() in train for x in load("digits5k", "all").images.numpy())
-    assert not any(x.tobytes() in {y.tobytes() for y in load("digits5k", "all").images.numpy()} for x in load("mnist", "test", n=200).images.numpy())
+    rows = {part: {x.tobytes() for x in load("mnist", part).images.numpy()} for part in ("train", "test")}
+    ours = {x.tobytes() for x in load("digits5k", "all").images.numpy()}
+    assert ours <= rows["train"] and not ours & rows["test"]
 
 
 @needs_data
@@ -595,4 +595,4 @@ def test_real_sets(name, n, shape):
     assert s.images.shape == (n, *shape)
     check_classes(s)
     if name == "cmaterdb": # black on white as supplied
-        assert s.images[:, :, 0].double().mean() > 200 and load("cmaterdb-inverted", "test").images[:, :, 0].double().mean() < 55
+        assert s.images.double().mean() > 150 and load("cmaterdb-inverted", "test").images.double().mean() < 105

@@ -252,7 +252,7 @@ class Small(Benchmark):
         return [TensorDataset(torch.cat([self.known, o]), torch.cat([self.labels, -torch.ones(len(o), dtype=torch.long)])) for o in self.unknown.values()]
 
 
-@pytest.mark.parametrize("batch_size", [1, 32])
+@pytest.mark.parametrize("batch_size", [7, 32])
 def test_drops_into_the_benchmark(network, batch_size):
     benchmark = Small()
     network.train()  # as training left it: the benchmark does not switch it
