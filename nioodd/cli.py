@@ -186,3 +186,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:                                       # the reader of our output has gone, as in `nioodd data | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+# %% ../nbs/15_cli.ipynb #5d31fe9c
+if __name__ == "__main__": sys.exit(main())

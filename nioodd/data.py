@@ -444,7 +444,8 @@ def _torchvision(name: str, root: Path, download: bool, make: Callable[[str], An
 # %% ../nbs/02_data.ipynb #2b81cb85
 def _check_idx(path: Path) -> int:
     "The number of items an idx file of uint8 holds; `NiooddError` if its length is not what its header says."
-    try: head = path.open("rb").read(16)
+    try:
+        with path.open("rb") as f: head = f.read(16)
     except OSError as e: raise NiooddError(f"{path} cannot be read ({e.strerror}); check its permissions") from e
     dims = np.frombuffer(head[4:4 + 4 * head[3]], ">u4").astype(int).tolist() if len(head) > 7 and head[:3] == b"\0\0\x08" else []
     expected, length = 4 + 4 * len(dims) + int(np.prod(dims)), path.stat().st_size
@@ -523,7 +524,7 @@ def _cifar10_jpeg(split: str, root: Path, **_) -> ImageSet:
     if source is None: raise _missing("cifar10-jpeg", root, "cifar10-jpeg/{train,test}/CLASS/*.jpg or cifar10-jpeg.tar.xz")
     seen = [source] if source.is_file() else [source / s / c for s in ("train", "test") for c in _CIFAR10 if (source / s / c).is_dir()]
     mark = hashlib.sha1(repr([(str(p.resolve()), p.stat().st_mtime_ns) for p in seen]).encode()).hexdigest()[:12]
-    made = _cached(f"cifar10-jpeg-{mark}", lambda: _make_cifar10_jpeg(source))
+    made = _cached(f"cifar10-jpeg-1-{mark}", lambda: _make_cifar10_jpeg(source))
     return ImageSet("cifar10-jpeg", made[split], made[f"{split}_labels"], list(_CIFAR10))
 
 # %% ../nbs/02_data.ipynb #adb2058f

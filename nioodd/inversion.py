@@ -265,10 +265,11 @@ def image_shape(
             tried.append(f"{c}x{s}x{s}")
             try: found[c, s] = _dry_forward(classifier, c, s, device)
             except Exception as e: error = e  # whatever a foreign network raises for an image it does not take
+            if len(found) > 1: break
     if not found:
         raise NiooddError(f"the classifier takes no image of {len(tried)} shapes from {tried[0]} to {tried[-1]} ({str(error).splitlines()[0]}); say channels= and size=") from error
     if len(found) > 1:
-        raise NiooddError(f"the classifier takes images of several shapes ({', '.join(f'{c}x{s}x{s}' for c, s in found)}); say channels= and size=")
+        raise NiooddError(f"the classifier takes images of several shapes ({', '.join(f'{c}x{s}x{s}' for c, s in found)}, …); say channels= and size=")
     ((c, s), logits), = found.items()
     if not logits.isfinite().all(): raise NiooddError("the classifier gives NaN or infinite logits for a grey image; check its weights")
     return c, s, logits.shape[1]

@@ -30,7 +30,7 @@ from .config import field_docs
 from .errors import NiooddError, unknown
 from .metrics import accuracy_all, known_accuracy, ood_metrics, rejected_at_argmax, threshold_keeping
 from .scores import garbage_log_odds
-from .show import Plot, class_grid, curves, embedding, heatmap, pca, png, prediction_histogram, roc, score_histogram, style, tsne
+from .show import Plot, class_grid, curves, embedding, grid, heatmap, pca, png, prediction_histogram, roc, score_histogram, style, tsne
 from .train import load_tensors, write_atomic
 
 # %% ../nbs/13_report.ipynb #d0e3c5e9
@@ -69,8 +69,9 @@ class Run(NamedTuple):
     @property
     def kept(self) -> dict | None:
         "The row of the round that counts as \"after\": the kept one of a finished run, else the last one; None before round 1."
-        rows = {row["round"]: row for row in self.rows if row["round"] > 0}
-        return rows.get(self.info.get("best_round") if self.finished else None, list(rows.values())[-1] if rows else None)
+        rows = {row["round"]: row for row in self.rows}
+        if self.finished and self.info.get("best_round") in rows: return rows[self.info["best_round"]]
+        return rows[max(rows)] if max(rows, default=0) > 0 else None
 
 # %% ../nbs/13_report.ipynb #40644b36
 def read_run(
@@ -108,14 +109,16 @@ OOD_METRICS, ID_METRICS = list(METRICS)[:6], list(METRICS)[6:]
 
 # %% ../nbs/13_report.ipynb #77cfa855
 def _logits(run: Run) -> dict[str, dict[str, Tensor]]:
-    "The tensors of logits/before and logits/after, those that are there. Raises NiooddError for a damaged file."
+    "The tensors of logits/before and logits/after, those that are there, the OOD sets in the configuration's order (safetensors has none)."
     found = {}
     for state in ("before", "after"):
         path = run.folder / "logits" / f"{state}.safetensors"
         if not path.is_file(): continue
-        found[state], _ = load_tensors(path)
-        if missing := {"id", "id_labels"} - found[state].keys():
+        tensors, _ = load_tensors(path)
+        if missing := {"id", "id_labels"} - tensors.keys():
             raise NiooddError(f"{path} lacks {', '.join(sorted(missing))}; expected the logits of a run; delete it to report without")
+        first = [f"ood/{name}" for name in run.info["config"].get("ood_sets", []) if f"ood/{name}" in tensors]
+        found[state] = {name: tensors[name] for name in dict.fromkeys([*first, *tensors])}
     return found
 
 def _ood(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,7 +142,7 @@ def _rows(run: Run, logits: Mapping[str, Mapping[str, Tensor]]) -> list[dict]:
     for name in dict.fromkeys(name for v in states.values() for name in (v or {}).get("ood", {})):
         sets[name, "OOD"] = {k: (v or {}).get("ood", {}).get(name, {}) for k, v in states.items()}
     if not any(value for values in sets.values() for value in values.values()): return []
-    return [dict(set=name, role=role, images=max((v["images"] for v in values.values() if "images" in v), default=None))
+    return [dict(set=name, role=role, images=max((v[k] for v in values.values() for k in ("images", "n") if k in v), default=None))
             | {f"round_{k}": rounds[k] for k in values} | {f"{m}_{k}": v.get(m) for m in METRICS for k, v in values.items()}
             for (name, role), values in sets.items()]
 
@@ -148,7 +151,7 @@ def before_after(
 ) -> list[dict]: # One flat row per image set, the ID set first; [] when nothing is measured yet
     """Every metric before (round 0) and after (the kept round), as fractions: `auroc_before`, `auroc_after` and so on.
 
-    A row also has `set`, `role` ("ID" or "OOD"), `images` (None when only metrics.jsonl is there), `round_before`,
+    A row also has `set`, `role` ("ID" or "OOD"), `images` (how many; None where unknown), `round_before`,
     `round_after`; what a set does not have is None. Raises NiooddError for a folder that is not a run's."""
     run = read_run(run_dir)
     return _rows(run, _logits(run))
@@ -221,21 +224,27 @@ def _beside(logits: Mapping[str, Mapping[str, Tensor]], draw: Callable[[Mapping[
 
 # %% ../nbs/13_report.ipynb #6b57b36e
 def _round_grid(run: Run, path: Path) -> Figure:
-    "The first ten images of each wanted class of samples/round_NNN.safetensors."
+    "The first images of each wanted class of samples/round_NNN.safetensors; without a generator, images that became garbage."
     tensors, _ = load_tensors(path)
-    return class_grid(tensors["images"], tensors["labels"], tensors["predicted"], run.outputs)
+    per_class = max(2, min(8, 160 // len(run.outputs)))
+    if "labels" in tensors: return class_grid(tensors["images"], tensors["labels"], tensors["predicted"], run.outputs, per_class=per_class)
+    if len(found := tensors.get("excluded", ())): return grid(found[torch.linspace(0, len(found) - 1, min(80, len(found))).long()])
+    figure = Plot(figsize=(4, 1))
+    figure.text(0.5, 0.5, "nothing was added to garbage", ha="center", va="center")
+    return figure
 
 def _round_pictures(run: Run) -> list[Picture]:
-    "A grid of inverted images for each round that stored some."
+    "A grid of images for each round that stored some."
     pictures, rows = [], {row["round"]: row for row in run.rows}
     for path in sorted((run.folder / "samples").glob("round_*.safetensors")):
-        number = path.stem.removeprefix("round_")
-        row = rows.get(int(number) if number.isdigit() else -1, {})
-        made, u = row.get("generator", {}), (row.get("ue") or {}).get("mean")
-        caption = f"Round {int(number) if number.isdigit() else number}: inversion accuracy {_percent(made.get('inversion_accuracy'))} %, " \
-                  f"predicted garbage {_percent(made.get('garbage_share'))} %, mean U {'–' if u is None else f'{u:.3f}'}"
-        pictures.append(Picture(f"{path.stem}.png", "images", caption + (", collapsed: nothing was added" if made.get("collapsed") else ""),
-                                partial(_round_grid, run, path)))
+        number = int(digits) if (digits := path.stem.removeprefix("round_")).isdigit() else -1
+        row = rows.get(number, {})
+        made, u = row.get("generator"), (row.get("ue") or {}).get("mean")
+        facts = [f"inversion accuracy {_percent(made.get('inversion_accuracy'))} %", f"predicted garbage {_percent(made.get('garbage_share'))} %"] if made else []
+        facts += [f"mean U {u:.3f}"] if u is not None else []
+        facts += [f"{row['excluded']} images became garbage"] if "excluded" in row else []
+        facts += ["collapsed"] if (made or {}).get("collapsed") else []
+        pictures.append(Picture(f"{path.stem}.png", "images", f"Round {number}" + (": " if facts else "") + ", ".join(facts), partial(_round_grid, run, path)))
     return pictures
 
 # %% ../nbs/13_report.ipynb #100bc728
@@ -248,7 +257,7 @@ def _uncertainty_map(run: Run) -> Figure:
 def _curve_pictures(run: Run) -> list[Picture]:
     pictures = []
     if run.rows:
-        pictures.append(Picture("curves.png", "curves", "Round 0 is the classifier before any inversion. OOD sets are judged on their first images here.", partial(curves, run.rows)))
+        pictures.append(Picture("curves.png", "curves", "Round 0 is the classifier before any inversion. After each round a part of each OOD set is judged; the table above is of all images.", partial(curves, run.rows)))
     if any((row.get("ue") or {}).get("per_class") for row in run.rows):
         pictures.append(Picture("ue_per_class.png", "curves", "Uncertainty U of the inverted images. U is 0 for an image that is confidently garbage, too.", partial(_uncertainty_map, run)))
     return pictures
@@ -368,9 +377,10 @@ def _what_ran(info: Mapping) -> str:
     "A table of command, seed, versions, machine and time."
     config, seconds = info["config"], info.get("seconds")
     facts = {"command": f"<code>{_said(info.get('command'))}</code>", "preset": _said(info.get("preset")), "seed": _said(info.get("seed")),
-             "in-distribution set": _said(config.get("id_set")), "OOD sets": _said(config.get("ood_sets")), "rounds": f"{_said(info.get('rounds_done'))} of {_said(config.get('rounds'))}",
+             "in-distribution set": _said(config.get("id_set")), "OOD sets": _said(config.get("ood_sets")), "rounds": f"{max(info.get('rounds_done', 0), 0)} of {_said(config.get('rounds'))}",
              "kept round": _said(info.get("best_round")), "status": _said(info.get("status")), "commit": f"<code>{_said(info.get('commit'))}</code>",
              "versions": escape(", ".join(f"{k} {v}" for k, v in info.get("versions", {}).items())),
+             "images": escape(", ".join(f"{k} {v:,}" for k, v in info.get("sizes", {}).items())) or "–", "precision": _said(info.get("precision")),
              "device": f"{_said(info.get('device'))}, threads: {_said(info.get('threads'))}", "time": "–" if seconds is None else f"{seconds / 60:.1f} min"}
     return _table([], [list(fact) for fact in facts.items()], "words")
 
@@ -422,7 +432,7 @@ def _page(run: Run, rows: Sequence[dict], drawn: Sequence[tuple[Picture, bytes]]
         if key == "predictions": body = f'<p class="soft">Share of each set per predicted class, per cent. All bars but the last are false acceptances.</p><div class="gallery">{body}</div>'
         if here: parts[key] = (title, _gallery(here) if key == "images" else body)
     parts |= {"configuration": ("Configuration", '<p class="soft">Bold: other than the default.</p>' + _configuration(info["config"])), "words": ("Words", _glossary())}
-    title = f"nioodd: {_said(info.get('preset'))}, seed {_said(info.get('seed'))}"
+    title = f"nioodd: {_said(info.get('preset') or info['config'].get('id_set'))}, seed {_said(info.get('seed'))}"
     return "\n".join(['<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
                       f"<title>{title}</title><style>{CSS}</style></head><body><h1>{title}</h1>",
                       "<nav>" + "".join(f'<a href="#{key}">{head}</a>' for key, (head, _) in parts.items()) + "</nav>",

@@ -216,7 +216,7 @@ def load_tensors(
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, json.loads((f.metadata() or {}).get("json", "{}"))
     except (SafetensorError, json.JSONDecodeError, OSError) as e:
-        raise NiooddError(f"{path} cannot be read ({e}); it is cut short or not a file of nioodd; delete it to go on from the one before") from None
+        raise NiooddError(f"{path} cannot be read ({e}); it is cut short or not a file of nioodd; restore it, or delete it to go on without") from None
 
 # %% ../nbs/04_train.ipynb #56f2004c
 def optimiser_tensors(

@@ -31,7 +31,7 @@ def metrics_row(r, value):
     ood = {name: dict(detected=value, auroc=value, aupr_in=value, aupr_out=value, fpr95_id_positive=1 - value, fpr95_ood_positive=1 - value) for name in SETS}
     made = dict(inversion_accuracy=0.5, garbage_share=0.1, collapsed=r == 2, kl=1.0, ce=1.0, cosine=-0.1, ortho=0.0, grad_kl=1.0, grad_ce=2.0, grad_cosine=0.0, grad_ortho=0.0)
     row = dict(round=r, classifier=dict(loss=1.0, accuracy=0.9), id=dict(accuracy_known=value, accuracy_all=value, rejected=1 - value), ood=ood,
-               ue=dict(mean=0.9, per_class=[0.9, 0.8, None]), seconds=dict(train=1.0))
+               ue=dict(mean=0.9, per_class=[0.9, 0.8, None]), excluded=7, seconds=dict(train=1.0))
     return row | (dict(generator=made) if r else {})
 
 
@@ -82,7 +82,7 @@ def test_page_is_self_contained_and_escaped(finished):
     assert page.count("data:image/png;base64,") == 11
     assert "&lt;script&gt;" in page and "folder:/a b/&lt;i&gt;&amp;" in page and "<i>" not in page and "prefers-color-scheme" in page
     assert "weight of the KL divergence" in page and len(page) < 3_000_000
-    assert "collapsed: nothing was added" in page
+    assert "collapsed" in page and "7 images became garbage" in page
 
 
 def test_same_again(finished):
@@ -123,6 +123,15 @@ def test_interrupted(tmp_path, rows, logits):
     table = format_table(before_after(tmp_path))
     assert ("Nothing is measured yet" in table) == (rows == 0)
     assert "nan" not in page.replace("finance", "").lower().split("data:image")[0]
+
+
+def test_control_without_generator(tmp_path):
+    "A run without inversion stores only what became garbage, perhaps nothing; round 0 may be the kept one."
+    write_run(tmp_path, logits=(), samples=0, best_round=0)
+    for r, n in ((1, 5), (2, 0)): save_tensors(tmp_path / f"samples/round_{r:03}.safetensors", dict(excluded=torch.zeros(n, 1, 8, 8, dtype=torch.uint8)))
+    write_report(tmp_path, progress=False)
+    assert len(list((tmp_path / "pictures").glob("round_*.png"))) == 2
+    assert before_after(tmp_path)[1]["round_after"] == 0
 
 
 def test_no_metrics_file(tmp_path):

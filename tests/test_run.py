@@ -1,0 +1,247 @@
+"""Runs from outside, as a user sees them: resume after kills, one-line errors, what is left behind."""
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nioodd import garbage, train
+from nioodd.config import Config, with_values
+from nioodd.data import ImageSet
+from nioodd.errors import NiooddError
+from nioodd.garbage import Loop, Problem, run
+from nioodd.train import load_tensors
+
+TINY = ["rounds=3", "pretrain_epochs=1", "generator_steps=8", "samples=44", "eval_images=50", "ood_sets=squares", "size=12",
+        "average=0.9", "pixel_images=20", "pixel_steps=2", "noise=gaussian,tiles", "temperature=0.3"]
+
+
+def squares(n, seed, classes=3):
+    "Three kinds of 12×12 images that are quickly told apart: bright left, right or middle."
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    images = torch.randint(0, 60, (n, 1, 12, 12), generator=g, dtype=torch.uint8)
+    for k in range(classes): images[labels == k, :, 3:9, 4 * k:4 * k + 4] += 150
+    return ImageSet("squares", images, labels, [str(k) for k in range(classes)])
+
+
+@pytest.fixture
+def problem():
+    noise = ImageSet("squares", torch.randint(0, 256, (60, 1, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(9)), None, [])
+    return Problem(squares(120, 0), squares(60, 1), {"squares": noise})
+
+
+@pytest.fixture
+def config(): return with_values(Config(), TINY)
+
+
+def same_files(a: Path, b: Path, rounds: int):
+    for name in [f"classifiers/round_{r:03d}" for r in range(rounds + 1)] + [f"samples/round_{r:03d}" for r in range(1, rounds + 1)] + [
+            f"checkpoints/round_{rounds:03d}", "logits/after", "model"]:
+        x, y = (load_tensors(d / f"{name}.safetensors")[0] for d in (a, b))
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
+
+
+# --- resume --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_resume_from_any_file_is_bit_identical(problem, config, tmp_path, monkeypatch, stop):
+    "The process dies just before its 4th, 8th, … file would be written, is resumed, and ends as an uninterrupted run."
+    whole = run(config, tmp_path / "whole", problem=problem, progress=False)
+    count, real = 0, train.write_atomic
+
+    def dies(path, content):
+        nonlocal count
+        count += 1
+        if count == 3 * stop: raise SystemExit("killed")
+        return real(path, content)
+    for module in (train, garbage): monkeypatch.setattr(module, "write_atomic", dies)
+    try: run(config, tmp_path / "part", problem=problem, progress=False)
+    except SystemExit: pass
+    monkeypatch.undo()
+    part = run(config, tmp_path / "part", problem=problem, resume=True, progress=False)
+    same_files(tmp_path / "whole", tmp_path / "part", config.rounds)
+    assert part["after"] == whole["after"] and part["before"] == whole["before"]
+
+
+CLI_TINY = ["--set=rounds=4", "--set=pretrain_epochs=1", "--set=train_images=600", "--set=generator_steps=15", "--set=samples=110",
+            "--set=ood_sets=uniform", "--set=eval_images=100", "--set=size=16", "--set=epochs_per_round=2"]
+
+
+def cli(*args, **kw):
+    return subprocess.run([sys.executable, "-m", "nioodd.cli", *args], capture_output=True, text=True, timeout=300, **kw)
+
+
+def start(out, *more):
+    return subprocess.Popen([sys.executable, "-m", "nioodd.cli", "run", *CLI_TINY, "--out", str(out), *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def finished_rounds(out):
+    try: return json.loads((out / "run.json").read_text())["rounds_done"]
+    except (FileNotFoundError, json.JSONDecodeError): return -2
+
+
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    "SIGKILL at five random moments: the resumed run's final weights are those of a run that was left alone."
+    assert cli("run", *CLI_TINY, "--out", str(tmp_path / "whole")).returncode == 0
+    rng, out = random.Random(0), tmp_path / "part"
+    kills = 0
+    for _ in range(5):
+        p = start(out, *(["--resume"] if (out / "run.json").exists() else []))
+        before = finished_rounds(out)
+        deadline = time.time() + 120
+        while p.poll() is None and finished_rounds(out) <= before and time.time() < deadline: time.sleep(0.01)
+        time.sleep(rng.random() * 0.6)
+        p.send_signal(signal.SIGKILL)
+        kills += p.wait() == -signal.SIGKILL
+        p.stderr.close()
+    assert kills >= 3                                   # the last ones may find the run finished
+    done = cli("run", "--resume", "--out", str(out))
+    assert done.returncode == 0, done.stderr[-500:]
+    same_files(tmp_path / "whole", out, 4)
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
+    p = start(tmp_path / "run")
+    while p.poll() is None and finished_rounds(tmp_path / "run") < 0: time.sleep(0.05)
+    p.send_signal(signal.SIGINT)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode == 130 and "Traceback" not in err
+    assert f"nioodd run --resume --out {tmp_path / 'run'}" in err.splitlines()[-1]
+    assert not [f for f in (tmp_path / "run").rglob(".*")]            # nothing half-written
+
+
+def test_resume_with_a_changed_configuration(problem, config, tmp_path):
+    run(config, tmp_path / "r", problem=problem, progress=False)
+    with pytest.raises(NiooddError, match="lr: 0.001 → 0.01"):
+        run(with_values(config, ["lr=0.01"]), tmp_path / "r", problem=problem, resume=True, progress=False)
+
+
+def test_checkpoint_cut_short(problem, config, tmp_path):
+    run(config, tmp_path / "r", problem=problem, progress=False)
+    info = json.loads((tmp_path / "r/run.json").read_text())
+    (tmp_path / "r/run.json").write_text(json.dumps(info | dict(status="running")))
+    newest = max((tmp_path / "r/checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(NiooddError, match=f"{newest.name} cannot be read.*cut short.*delete it"):
+        run(config, tmp_path / "r", problem=problem, resume=True, progress=False)
+    newest.unlink()                                                   # what the message says helps
+    assert run(config, tmp_path / "r", problem=problem, resume=True, progress=False)["after"] == info["after"]
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+def test_folder_that_holds_something_else(problem, config, tmp_path):
+    run(config, tmp_path / "r", problem=problem, progress=False)
+    with pytest.raises(NiooddError, match="holds another run"): run(config, tmp_path / "r", problem=problem, progress=False)
+    (tmp_path / "x").mkdir(); (tmp_path / "x/thesis.tex").write_text("")
+    with pytest.raises(NiooddError, match="not empty and holds no run"): run(config, tmp_path / "x", problem=problem, progress=False)
+    with pytest.raises(NiooddError, match="nothing to resume"): run(config, tmp_path / "y", problem=problem, resume=True, progress=False)
+
+
+def test_full_disk(problem, config, tmp_path, monkeypatch):
+    "The disk fills up in round 2: one line, nothing half-written, what was finished is kept and goes on once there is room."
+    real, count = os.fsync, 0
+
+    def full(fd):
+        nonlocal count
+        count += 1
+        if count > 12: raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NiooddError, match="the disk is full.*--resume"): run(config, tmp_path / "r", problem=problem, progress=False)
+    monkeypatch.undo()
+    assert not [f for f in (tmp_path / "r").rglob(".*")]
+    run(config, tmp_path / "r", problem=problem, resume=True, progress=False)
+    run(config, tmp_path / "whole", problem=problem, progress=False)
+    same_files(tmp_path / "whole", tmp_path / "r", config.rounds)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the machine has no /dev/full")
+def test_the_real_full_device_is_named_as_such(tmp_path, monkeypatch):
+    "write_atomic on a file system that is really full, by a temporary file that is /dev/full."
+    class Full:
+        def __init__(self, **kw): self.f, self.name = open("/dev/full", "wb", buffering=0), str(tmp_path / "t")
+        def __enter__(self): return self
+        def __exit__(self, *a): self.f.close()
+        def write(self, b): self.f.write(b)
+    monkeypatch.setattr(train.tempfile, "NamedTemporaryFile", Full)
+    with pytest.raises(NiooddError, match="the disk is full"): train.write_atomic(tmp_path / "x", b"123")
+
+
+# --- divergence -------------------------------------------------------------------------------------------------------
+
+def test_diverged_classifier_keeps_the_last_good_checkpoint(problem, config, tmp_path, monkeypatch):
+    real = Loop.train
+
+    def poisoned(self, epochs):
+        if len(self.rows) == 2:
+            with torch.no_grad(): self.classifier.head.weight.fill_(float("nan"))
+        return real(self, epochs)
+    monkeypatch.setattr(Loop, "train", poisoned)
+    with pytest.raises(NiooddError, match="round 2: the classifier's cross-entropy became nan.*last good checkpoint is round 1"):
+        run(config, tmp_path / "r", problem=problem, progress=False)
+    monkeypatch.undo()
+    t, meta = load_tensors(max((tmp_path / "r/checkpoints").iterdir()))
+    assert len(meta["rows"]) == 2 and all(v.isfinite().all() for v in t.values() if v.is_floating_point())
+    run(config, tmp_path / "r", problem=problem, resume=True, progress=False)
+
+
+def test_diverged_generator_names_the_term(problem, config, tmp_path, monkeypatch):
+    real = Loop.new_generator
+
+    def poisoned(self):
+        real(self)
+        with torch.no_grad(): self.generator.image[0].bias.fill_(float("nan"))
+    monkeypatch.setattr(Loop, "new_generator", poisoned)
+    with pytest.raises(NiooddError, match="round 1: .*not finite.*last good checkpoint is round 0"):
+        run(config, tmp_path / "r", problem=problem, progress=False)
+
+
+# --- problems that are none --------------------------------------------------------------------------------------------
+
+def test_one_class_and_empty_class(config, problem, tmp_path):
+    one = squares(50, 0, classes=1)
+    with pytest.raises(NiooddError, match="needs at least 2"): run(config, tmp_path / "a", problem=Problem(one, one, {}), progress=False)
+    gap = squares(60, 0)
+    gap.labels[gap.labels == 1] = 2
+    with pytest.raises(NiooddError, match="no images"): run(config, tmp_path / "b", problem=Problem(gap, gap, {}), progress=False)
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("args, message", [
+    (["run", "quikstart"], "did you mean 'quickstart'"),
+    (["run", "--set", "lamda=3"], "unknown field"),
+    (["run", "--set", "id_set=minst"], "did you mean 'mnist'"),
+    (["run", "--set", "noise=gausian"], "did you mean 'gaussian'"),
+    (["run", "exp1", "--root", "no-such-folder"], "no-such-folder"),
+    (["run", "--device", "cuda:99"], "device"),
+    (["score", "no-run", "x.png"], "x.png does not exist"),
+    (["report", "no-run"], "no run.json"),
+    (["data", "--download", "mnits"], "did you mean 'mnist'"),
+])
+def test_one_line_and_exit_code_2(args, message, tmp_path):
+    p = cli(*args, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(Path(garbage.__file__).parents[1])})
+    assert p.returncode == 2 and message in p.stderr, p.stderr
+    assert p.stderr.count("\n") == 1 and p.stderr.startswith("nioodd: error: ")
+    assert not list(tmp_path.glob("runs/*")), "a run that could not begin left a folder"
+
+
+def test_control_adds_as_many_images(problem, config):
+    torch.manual_seed(0)
+    loop = Loop(with_values(config, ["inversion=no"]), problem, progress=False)
+    loop.pretrain(); loop.round()
+    assert len(loop.found[0]) == config.samples + config.pixel_images
+
+
+def test_callers_random_stream_is_left_alone(problem, config, tmp_path):
+    torch.manual_seed(5); want = torch.rand(3)
+    torch.manual_seed(5); run(config, tmp_path / "r", problem=problem, progress=False)
+    assert torch.equal(torch.rand(3), want)
