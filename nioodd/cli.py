@@ -98,8 +98,7 @@ def _run(a: argparse.Namespace) -> int:
     from nioodd.report import before_after, format_table, write_report
     device = _device(a.device)
     print(f"{name}: {c.rounds} rounds on {c.id_set}, judged on {', '.join(c.ood_sets)}; seed {c.seed}, {device}; folder {out}", flush=True)
-    command = "nioodd " + shlex.join(sys.argv[1:] if Path(sys.argv[0]).stem == "nioodd" else ["run", name])
-    try: info = run(c, out, root=a.root, device=device, resume=a.resume, details=dict(preset=name, command=command))
+    try: info = run(c, out, root=a.root, device=device, resume=a.resume, details=dict(preset=name, command=a.line))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the finished rounds are kept; go on with: nioodd run --resume --out {shlex.quote(str(out))}") from None
     page = write_report(out)
@@ -176,6 +175,7 @@ def _bench(a: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     "Entry point of the command `nioodd`; the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."
     a = parser().parse_args(argv)
+    a.line = "nioodd " + shlex.join(sys.argv[1:] if argv is None else argv)
     try: return a.do(a)
     except NiooddError as e:
         print(f"nioodd: error: {e}", file=sys.stderr)

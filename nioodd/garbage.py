@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from . import __version__
 from .config import Config, differences, from_dict, to_dict
 from .data import ImageSet, check_classes, load, to_input, to_uint8
 from .detector import GarbageDetector
@@ -268,7 +269,7 @@ def _versions() -> dict[str, str]:
     def of(package):
         try: return version(package)
         except PackageNotFoundError: return "not installed"
-    return dict(python=platform.python_version(), **{p: of(p) for p in ("nioodd", "torch", "torchvision", "numpy", "pytorch-ood", "scikit-learn")})
+    return dict(python=platform.python_version(), nioodd=__version__, **{p: of(p) for p in ("torch", "torchvision", "numpy", "pytorch-ood", "scikit-learn")})
 
 def read_run(folder: str | os.PathLike) -> dict:
     "`run.json` of a run's folder. Raises `NiooddError` if the folder is none or the file is damaged."
