@@ -231,7 +231,7 @@ def _invert(self: Loop) -> tuple[dict, Tensor]:
         keep = torch.ones(c.samples, dtype=torch.bool) if c.exclude == "all" else self.drawn.predicted < self.k - 1
         if not (c.collapse_guard and seen["collapsed"]): new.append(self.drawn.images[keep])
     if c.pixel_images:
-        climbed = climb(self.judged, self.make_noise(c.pixel_images), c.pixel_steps, c.pixel_lr, self.precision)
+        climbed = climb(self.judged, outliers(("noise:",), c.pixel_images, self.problem.train.images), c.pixel_steps, c.pixel_lr, self.precision)
         keep = logits_of(self.judged, climbed).argmax(1) < self.k - 1
         report["climbed"] = keep.double().mean().item()
         new.append(climbed[keep] if c.exclude == "known" else climbed)
@@ -275,8 +275,10 @@ def read_run(folder: str | os.PathLike) -> dict:
     "`run.json` of a run's folder. Raises `NiooddError` if the folder is none or the file is damaged."
     path = Path(folder) / "run.json"
     if not path.is_file(): raise NiooddError(f"{folder} holds no run (no run.json); expected the folder of a `nioodd run`")
-    try: return json.loads(path.read_text())
-    except json.JSONDecodeError as e: raise NiooddError(f"{path} is damaged ({e}); restore it, or start a new run with --out") from None
+    try: info = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e: raise NiooddError(f"{path} is not valid JSON ({e}); restore it, or start a new run with --out") from None
+    if not isinstance(info, dict) or "config" not in info: raise NiooddError(f"{path} has no configuration; restore it, or start a new run with --out")
+    return info
 
 # %% ../nbs/11_garbage.ipynb #95276171
 def _modules(self: Loop) -> dict[str, nn.Module]:
@@ -364,7 +366,7 @@ def run(
     problem = problem or load_problem(config, root)
     check_classes(problem.train)
     info |= dict(versions=_versions(), commit=_commit(), device=str(device), threads=torch.get_num_threads(), n_known=problem.n_known,
-                 classes=problem.train.classes, precision=arithmetic(config.precision, device), sizes={s.name: len(s) for s in [problem.train, problem.test, *problem.ood.values()]})
+                 classes=problem.train.classes, precision=arithmetic(config.precision, device), sizes=dict(train=len(problem.train), test=len(problem.test), **{n: len(s) for n, s in problem.ood.items()}))
     write_atomic(out / "run.json", json.dumps(info, indent=1))
     before = time.perf_counter() - info["seconds"]
     with torch.random.fork_rng(devices=[torch.device(device)] if torch.device(device).type == "cuda" else []):

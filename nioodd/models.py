@@ -6,7 +6,6 @@
 __all__ = ['block', 'Classifier', 'forward_flops', 'logits_and_features']
 
 # %% ../nbs/03_models.ipynb #1b25e006
-import torch
 from torch import Tensor, nn
 
 from .errors import NiooddError

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from email import message_from_bytes
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -81,7 +80,7 @@ def test_every_import_is_required():
 
 
 def test_installed_package_works_without_the_developers_tools(installed, tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(installed), "MPLBACKEND": "Agg"}
+    env = {**os.environ, "PYTHONPATH": str(installed), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
     run(sys.executable, __file__, installed, cwd=tmp_path, env=env)  # runs `use_every_module` below
 
 
@@ -91,9 +90,10 @@ def test_help_is_quick_and_imports_no_torch(installed, tmp_path):
     run(sys.executable, "-c", code, "--help", cwd=tmp_path, env=env)  # writes the bytecode, as pip does
     seconds = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = os.times()
         done = run(sys.executable, "-c", code, "--help", cwd=tmp_path, env=env)
-        seconds.append(time.perf_counter() - start)
+        end = os.times()  # processor time: what a machine busy with other things does not change
+        seconds.append(end.children_user - start.children_user + end.children_system - start.children_system)
     for command in ["run", "score", "data", "report", "bench"]: assert command in done.stdout
     assert min(seconds) < 0.3, seconds
     loaded = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); " + code.partition(";")[2]
@@ -166,7 +166,10 @@ def use_every_module(folder: Path):
 
 def small_run(main):
     "`nioodd run` of seconds, in the working folder."
-    values = ["train_images=256", "ood_sets=uniform", "eval_images=64", "rounds=1", "pretrain_epochs=1", "generator_steps=2", "samples=32"]
+    from PIL import Image
+    Path("foreign").mkdir()
+    for i in range(64): Image.effect_noise((28, 28), 2*i).save(f"foreign/{i}.png")
+    values = ["train_images=256", "ood_sets=folder:foreign", "eval_images=64", "rounds=1", "pretrain_epochs=1", "generator_steps=2", "samples=32"]
     main(["run", "quickstart", "--out", "small", *(word for value in values for word in ("--set", value))])
     for name in ["run.json", "metrics.jsonl", "table.md", "table.csv", "report.html", "model.safetensors", "detector.json"]:
         assert Path("small", name).stat().st_size, name

@@ -13,7 +13,7 @@ from nioodd.config import preset, to_dict
 from nioodd.errors import NiooddError
 from nioodd.metrics import ood_metrics
 from nioodd.models import Classifier
-from nioodd.report import before_after, format_table, read_run, write_report
+from nioodd.report import before_after, format_table, open_run, write_report
 from nioodd.scores import garbage_log_odds
 from nioodd.train import features_of, save_tensors
 
@@ -137,14 +137,14 @@ def test_control_without_generator(tmp_path):
 def test_no_metrics_file(tmp_path):
     write_run(tmp_path, rows=0, logits=(), samples=0, status="running")
     (tmp_path / "metrics.jsonl").unlink()
-    assert read_run(tmp_path).rows == [] and write_report(tmp_path, progress=False).is_file()
+    assert open_run(tmp_path).rows == [] and write_report(tmp_path, progress=False).is_file()
 
 
 def test_last_line_cut_short(tmp_path):
     write_run(tmp_path, logits=(), samples=0)
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-30])
-    run = read_run(tmp_path)
+    run = open_run(tmp_path)
     assert [row["round"] for row in run.rows] == [0, 1] and "cut short" in run.notes[0]
     assert "cut short" in write_report(tmp_path, progress=False).read_text()
     lines = path.read_text().splitlines()
@@ -153,14 +153,14 @@ def test_last_line_cut_short(tmp_path):
 
 
 def test_not_a_run(tmp_path):
-    fails(lambda: write_report(tmp_path), "is not the folder of a run", "run.json")
+    fails(lambda: write_report(tmp_path), "holds no run", "run.json")
     fails(lambda: before_after(tmp_path / "nowhere"), "nowhere")
     (tmp_path / "run.json").write_text("{")
     fails(lambda: write_report(tmp_path), "not valid JSON")
     (tmp_path / "run.json").write_text('{"config": {}}')
     fails(lambda: write_report(tmp_path), "lacks n_known, classes")
     (tmp_path / "run.json").write_text("[]")
-    fails(lambda: write_report(tmp_path), "lacks config")
+    fails(lambda: write_report(tmp_path), "no configuration")
 
 
 @pytest.mark.parametrize("name", ["logits/after.safetensors", "samples/round_001.safetensors"])
