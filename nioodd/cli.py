@@ -177,15 +177,13 @@ def main(argv: list[str] | None = None) -> int:
     a = parser().parse_args(argv)
     a.line = "nioodd " + shlex.join(sys.argv[1:] if argv is None else argv)
     try: return a.do(a)
-    except NiooddError as e:
-        print(f"nioodd: error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as e:
-        print("\nnioodd: interrupted" + (f"; {e}" if str(e) else ""), file=sys.stderr)
-        return 130
+    except NiooddError as e: code, message = 2, f"nioodd: error: {e}"
+    except KeyboardInterrupt as e: code, message = 130, f"nioodd: interrupted{'; ' if str(e) else ''}{e}"
     except BrokenPipeError:                                       # the reader of our output has gone, as in `nioodd data | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    print(message, file=sys.stderr)                               # only now: progress bars are closed when the exception is let go
+    return code
 
 # %% ../nbs/15_cli.ipynb #5d31fe9c
 if __name__ == "__main__": sys.exit(main())

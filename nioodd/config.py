@@ -154,7 +154,10 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "exp2": ("paper 1, experiment 2: 20 rounds", Config(rounds=20)),
     "exp3": ("paper 1, experiment 3: 50 rounds", Config(rounds=50)),
     "exp4": ("paper 1, experiment 4: 30 rounds, other loss weights", Config(rounds=30, alpha=1000.0, beta=2000.0, gamma=6000.0, delta=100.0)),
-    "best": ("the strongest configuration known", Config(rounds=10)),
+    "best": ("the strongest configuration known: broad noise, broken ID images and pen strokes; generator and pixel inversion; one-cycle",
+        Config(noise=("noise:", "id:", "prior:"), noise_images=12000, fresh_noise=True, class_weights="none", pretrain_epochs=2, rounds=12,
+               batch_size=256, lr=3e-3, weight_decay=1e-4, schedule="one-cycle", shift=1, temperature=0.3, wanted="known", exclude="known",
+               generator_steps=100, samples=1000, pixel_images=1000, pixel_steps=10, validation_images=2000, select="validation")),
 }
 
 def preset(name: str) -> Config:

@@ -383,18 +383,17 @@ def _rounds(loop: Loop, out: Path, info: dict, started: float) -> None:
         info.update(rounds_done=len(loop.rows) - 1, seconds=time.perf_counter() - started)
         write_atomic(out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in loop.rows))
         write_atomic(out / "run.json", json.dumps(info, indent=1))
-    bar = tqdm(total=loop.config.rounds + 1, initial=len(loop.rows), desc="rounds", disable=not loop.progress)
-    while len(loop.rows) <= loop.config.rounds:
-        try: row = loop.round() if loop.rows else loop.pretrain()
-        except NiooddError as e:
-            kept = f"the last good checkpoint is round {len(loop.rows) - 1}'s, in {out}" if loop.rows else "no round was finished"
-            raise NiooddError(f"round {len(loop.rows)}: {e}; {kept}") from None
-        if row["round"] == 0: _save_logits(loop, out / "logits/before.safetensors")
-        loop.save(out)
-        log()
-        bar.update()
-        bar.set_postfix_str(", ".join(f"{n} {m['detected']:.0%}" for n, m in row["ood"].items()))
-    bar.close()
+    with tqdm(total=loop.config.rounds + 1, initial=len(loop.rows), desc="rounds", disable=not loop.progress) as bar:
+        while len(loop.rows) <= loop.config.rounds:
+            try: row = loop.round() if loop.rows else loop.pretrain()
+            except NiooddError as e:
+                kept = f"the last good checkpoint is round {len(loop.rows) - 1}'s, in {out}" if loop.rows else "no round was finished"
+                raise NiooddError(f"round {len(loop.rows)}: {e}; {kept}") from None
+            if row["round"] == 0: _save_logits(loop, out / "logits/before.safetensors")
+            loop.save(out)
+            log()
+            bar.update()
+            bar.set_postfix_str(", ".join(f"{n} {m['detected']:.0%}" for n, m in row["ood"].items()))
     kept = len(loop.rows) - 1
     if loop.config.select == "validation": kept = min(loop.rows, key=lambda r: r["validation"]["error"])["round"]
     loop.judged.load_state_dict(load_tensors(out / f"classifiers/round_{kept:03d}.safetensors")[0])

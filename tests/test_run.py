@@ -1,6 +1,7 @@
 """Runs from outside, as a user sees them: resume after kills, one-line errors, what is left behind."""
 import errno
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -72,16 +73,15 @@ def test_resume_from_any_file_is_bit_identical(problem, config, tmp_path, monkey
     assert part["after"] == whole["after"] and part["before"] == whole["before"]
 
 
-CLI_TINY = ["--set=rounds=4", "--set=pretrain_epochs=1", "--set=train_images=600", "--set=generator_steps=15", "--set=samples=110",
-            "--set=ood_sets=uniform", "--set=eval_images=100", "--set=size=16", "--set=epochs_per_round=2"]
+forks = multiprocessing.get_context("forkserver")       # its children begin with PyTorch loaded
+forks.set_forkserver_preload(["nioodd.garbage"])
 
 
-def cli(*args, **kw):
-    return subprocess.run([sys.executable, "-m", "nioodd.cli", *args], capture_output=True, text=True, timeout=300, **kw)
-
-
-def start(out, *more):
-    return subprocess.Popen([sys.executable, "-m", "nioodd.cli", "run", *CLI_TINY, "--out", str(out), *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def work(out: str, resume: bool):
+    "A run in a process of its own, to be killed."
+    torch.set_num_threads(1)
+    problem = Problem(squares(900, 0), squares(60, 1), {"squares": squares(60, 2)})
+    run(with_values(Config(), [*TINY, "rounds=6", "generator_steps=20"]), out, problem=problem, resume=resume, progress=False)
 
 
 def finished_rounds(out):
@@ -91,26 +91,30 @@ def finished_rounds(out):
 
 def test_killed_at_random_moments_and_resumed(tmp_path):
     "SIGKILL at five random moments: the resumed run's final weights are those of a run that was left alone."
-    assert cli("run", *CLI_TINY, "--out", str(tmp_path / "whole")).returncode == 0
-    rng, out = random.Random(0), tmp_path / "part"
-    kills = 0
+    whole = forks.Process(target=work, args=(str(tmp_path / "whole"), False))
+    began = time.perf_counter()
+    whole.start(); whole.join(300)
+    one_round = (time.perf_counter() - began) / 8
+    assert whole.exitcode == 0
+    rng, out, kills = random.Random(0), tmp_path / "part", 0
     for _ in range(5):
-        p = start(out, *(["--resume"] if (out / "run.json").exists() else []))
-        before = finished_rounds(out)
-        deadline = time.time() + 120
-        while p.poll() is None and finished_rounds(out) <= before and time.time() < deadline: time.sleep(0.01)
-        time.sleep(rng.random() * 0.6)
-        p.send_signal(signal.SIGKILL)
-        kills += p.wait() == -signal.SIGKILL
-        p.stderr.close()
-    assert kills >= 3                                   # the last ones may find the run finished
-    done = cli("run", "--resume", "--out", str(out))
-    assert done.returncode == 0, done.stderr[-500:]
-    same_files(tmp_path / "whole", out, 4)
+        p, before = forks.Process(target=work, args=(str(out), out.exists())), finished_rounds(out)
+        p.start()
+        while p.is_alive() and finished_rounds(out) <= before: time.sleep(0.005)
+        time.sleep(rng.random() * one_round)
+        p.kill(); p.join(60)
+        kills += p.exitcode == -signal.SIGKILL
+    assert kills >= 4                                   # the last may find the run finished
+    p = forks.Process(target=work, args=(str(out), True))
+    p.start(); p.join(300)
+    assert p.exitcode == 0
+    same_files(tmp_path / "whole", out, 6)
 
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
-    p = start(tmp_path / "run")
+    "The real command, interrupted after its first round."
+    tiny = [f"--set={s}" for s in ("rounds=9", "pretrain_epochs=1", "train_images=600", "generator_steps=15", "samples=110", "ood_sets=uniform", "eval_images=100", "size=16")]
+    p = subprocess.Popen([sys.executable, "-m", "nioodd.cli", "run", *tiny, "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while p.poll() is None and finished_rounds(tmp_path / "run") < 0: time.sleep(0.05)
     p.send_signal(signal.SIGINT)
     err = p.communicate(timeout=60)[1]
