@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from . import __version__
-from .config import PRESETS, Config, field_docs, from_dict, preset, with_values
+from .config import PRESETS, Config, field_docs, from_dict, preset, settings, with_values
 from .errors import NiooddError
 
 # %% ../nbs/15_cli.ipynb #d603c407
@@ -78,11 +78,11 @@ def _folder(out: str | None, stem: str, resume: bool) -> Path:
 
 def _configuration(a: argparse.Namespace, out: Path, name: str) -> Config:
     "The preset with the settings of the command line; a bare --resume takes the stored one."
-    settings = a.settings + [f"seed={a.seed}"] * (a.seed is not None) + [f"rounds={a.epochs}"] * (a.epochs is not None)
-    if a.resume and a.preset is None and not settings:
+    given = a.settings + [f"seed={a.seed}"] * (a.seed is not None) + [f"rounds={a.epochs}"] * (a.epochs is not None)
+    if a.resume and a.preset is None and not given:
         from nioodd.garbage import read_run
         return from_dict(read_run(out)["config"])
-    return with_values(preset(name), settings)
+    return with_values(preset(name), given)
 
 # %% ../nbs/15_cli.ipynb #7f1986ce
 def _run(a: argparse.Namespace) -> int:
@@ -98,7 +98,8 @@ def _run(a: argparse.Namespace) -> int:
     from nioodd.report import before_after, format_table, write_report
     device = _device(a.device)
     print(f"{name}: {c.rounds} rounds on {c.id_set}, judged on {', '.join(c.ood_sets)}; seed {c.seed}, {device}; folder {out}", flush=True)
-    try: info = run(c, out, root=a.root, device=device, resume=a.resume, details=dict(preset=name, command=a.line))
+    command = shlex.join(["nioodd", "run", name, *(x for s in settings(c, preset(name)) for x in ("--set", s))]) # whatever way it was given
+    try: info = run(c, out, root=a.root, device=device, resume=a.resume, details=dict(preset=name, command=command))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the finished rounds are kept; go on with: nioodd run --resume --out {shlex.quote(str(out))}") from None
     page = write_report(out)
@@ -175,7 +176,6 @@ def _bench(a: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     "Entry point of the command `nioodd`; the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."
     a = parser().parse_args(argv)
-    a.line = "nioodd " + shlex.join(sys.argv[1:] if argv is None else argv)
     try: return a.do(a)
     except NiooddError as e: code, message = 2, f"nioodd: error: {e}"
     except KeyboardInterrupt as e: code, message = 130, f"nioodd: interrupted{'; ' if str(e) else ''}{e}"
@@ -184,6 +184,3 @@ def main(argv: list[str] | None = None) -> int:
         return 141
     print(message, file=sys.stderr)                               # only now: progress bars are closed when the exception is let go
     return code
-
-# %% ../nbs/15_cli.ipynb #5d31fe9c
-if __name__ == "__main__": sys.exit(main())

@@ -114,7 +114,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     "The real command, interrupted after its first round."
     tiny = [f"--set={s}" for s in ("rounds=9", "pretrain_epochs=1", "train_images=600", "generator_steps=15", "samples=110", "ood_sets=uniform", "eval_images=100", "size=16")]
-    p = subprocess.Popen([sys.executable, "-m", "nioodd.cli", "run", *tiny, "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, "-c", "import sys; from nioodd.cli import main; sys.exit(main())", "run", *tiny, "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while p.poll() is None and finished_rounds(tmp_path / "run") < 0: time.sleep(0.05)
     p.send_signal(signal.SIGINT)
     err = p.communicate(timeout=60)[1]
@@ -251,3 +251,13 @@ def test_callers_random_stream_is_left_alone(problem, config, tmp_path):
     torch.manual_seed(5); want = torch.rand(3)
     torch.manual_seed(5); run(config, tmp_path / "r", problem=problem, progress=False)
     assert torch.equal(torch.rand(3), want)
+
+
+def test_a_folder_without_parts_is_split(tmp_path):
+    from PIL import Image
+    for k in "ab":
+        (tmp_path / "own" / k).mkdir(parents=True)
+        for i in range(10): Image.fromarray(torch.full((9, 9), i * 20 + ord(k) % 2, dtype=torch.uint8).numpy()).save(tmp_path / "own" / k / f"{i}.png")
+    p = garbage.load_problem(with_values(Config(), [f"id_set=folder:{tmp_path}/own", "ood_sets=uniform", "size=9"]))
+    assert (len(p.train), len(p.test)) == (16, 4) and p.test.labels.bincount().tolist() == [2, 2]
+    assert not (p.train.images.flatten(1)[:, None] == p.test.images.flatten(1)[None]).all(2).any()
