@@ -155,7 +155,7 @@ def _data(a: argparse.Namespace) -> int:
     from nioodd.data import available, data_root, load
     for name in a.download: print(f"{name}: {len(load(name, 'all', root=a.root, download=True)):,} images")
     print(f"image sets are looked for in {data_root(a.root)} (--root, else NIOODD_DATA, else a cache folder)\n")
-    _print_rows([{k: v for k, v in r.items()} for r in available(a.root)], "table")
+    _print_rows([dict(name=r.name, kind=r.kind, found=r.found, images=r.n or "", **{"where it is, or how to get it": r.where if r.found else r.how}) for r in available(a.root)], "table")
     return 0
 
 def _report(a: argparse.Namespace) -> int:

@@ -573,7 +573,7 @@ def _in_package(package: str) -> Callable[[Path], Path | None]:
     return find
 
 # %% ../nbs/02_data.ipynb #bc75b1f4
-def _how(name: str) -> str: return f"nioodd.data.load('{name}', download=True)"
+def _how(name: str) -> str: return f"nioodd data --download {name}, or load('{name}', download=True)"
 
 _IDX = tuple(f"{a}-{b}-ubyte" for a in ("train", "t10k") for b in ("images-idx3", "labels-idx1"))
 

@@ -3,8 +3,10 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 
 matplotlib.use("Agg")
+torch.set_num_threads(1)  # the tests' tensors are tiny: two threads are no faster, and on a busy machine far slower
 
 
 @pytest.fixture

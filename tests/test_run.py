@@ -261,3 +261,11 @@ def test_a_folder_without_parts_is_split(tmp_path):
     p = garbage.load_problem(with_values(Config(), [f"id_set=folder:{tmp_path}/own", "ood_sets=uniform", "size=9"]))
     assert (len(p.train), len(p.test)) == (16, 4) and p.test.labels.bincount().tolist() == [2, 2]
     assert not (p.train.images.flatten(1)[:, None] == p.test.images.flatten(1)[None]).all(2).any()
+
+
+def test_data_lists_every_set(capsys, tmp_path):
+    assert main(["data", "--root", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    from nioodd.data import SOURCES
+    for name in SOURCES: assert any(line.startswith(name) for line in out.splitlines()), name
+    assert str(tmp_path) in out and "nioodd data --download svhn" in out
