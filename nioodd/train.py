@@ -139,12 +139,15 @@ def features_of(
 ) -> tuple[Tensor, Tensor]: # float32 logits [N, K] and features [N, D], on the CPU
     "Logits and penultimate features of all `images`, in eval mode and float32."
     device = next(model.parameters()).device
-    out = []
+    out, done = None, 0
     with eval_mode(model):
         for x in tqdm(images.split(batch_size), desc=progress, disable=progress is None, leave=False, mininterval=0.5):
             x = to_input(x.to(device)).contiguous(memory_format=torch.channels_last)
-            out.append([t.float().cpu() for t in logits_and_features(model, x)])
-    return tuple(torch.cat(t) for t in zip(*out))
+            found = logits_and_features(model, x)
+            if out is None: out = [torch.empty(len(images), t.shape[1]) for t in found]  # once: many small results between large temporaries would fragment the heap
+            for whole, part in zip(out, found): whole[done:done + len(x)] = part
+            done += len(x)
+    return tuple(out)
 
 def logits_of(model: nn.Module, images: Tensor, batch_size: int = 500, progress: str | None = None) -> Tensor:
     "Logits float32 [N, K] of all uint8 `images`, in eval mode and float32 (see `features_of`)."
