@@ -114,7 +114,8 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     "The real command, interrupted after its first round."
     tiny = [f"--set={s}" for s in ("rounds=9", "pretrain_epochs=1", "train_images=600", "generator_steps=15", "samples=110", "ood_sets=uniform", "eval_images=100", "size=16")]
-    p = subprocess.Popen([sys.executable, "-c", "import sys; from nioodd.cli import main; sys.exit(main())", "run", *tiny, "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, "-c", "import sys; from nioodd.cli import main; sys.exit(main())", "run", *tiny, "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a background job of a shell is born ignoring it
     while p.poll() is None and finished_rounds(tmp_path / "run") < 0: time.sleep(0.05)
     p.send_signal(signal.SIGINT)
     err = p.communicate(timeout=60)[1]
