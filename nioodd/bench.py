@@ -10,7 +10,6 @@ __all__ = ['Job', 'KINDS', 'Call', 'layer_calls', 'classifier_calls', 'generator
 # %% ../nbs/18_bench.ipynb #c2287849
 import os
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -316,9 +315,11 @@ def memory_lines() -> list[str]:
     c = preset("exp3")
     n = c.rounds * c.samples + (c.noise_images or 6000)
     pixels = n * c.channels * c.size**2
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try: import resource                                          # not on Windows
+    except ImportError: peak = "not told by this system"
+    else: peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9:.2f} GB"
     return [f"garbage of exp3 ({c.rounds} rounds × {c.samples:,} + {c.noise_images or 6000:,} images): {pixels / 1e6:.0f} MB as uint8, {4 * pixels / 1e6:.0f} MB as float32",
-            f"peak memory of this process: {peak / 1e9:.2f} GB"]
+            f"peak memory of this process: {peak}"]
 
 def bench_loop(
     device: str | torch.device = "cpu",

@@ -20,9 +20,8 @@ def _f(default, doc: str, choices: tuple = (), low: float = -math.inf, high: flo
 
 # %% ../nbs/01_config.ipynb #ed618ffd
 @dataclass(frozen=True)
-class Config:
-    "All hyper-parameters of the training–inversion–exclusion loop (paper 1, §3.10 and §4; METHODS choices as fields)."
-    # data
+class _Images:
+    "What is learnt and what is judged."
     id_set: str = _f("mnist", "in-distribution set, a name of `nioodd data`")
     ood_sets: tuple[str, ...] = _f(("fashion_mnist", "cifar10", "cmaterdb", "cmaterdb-inverted"), "sets the run is judged on; never trained or tuned on")
     ood_split: str = _f("all", "part of the OOD sets: the paper joins train and test (§3.9)", ("all", "train", "test"))
@@ -32,7 +31,11 @@ class Config:
     eval_images: int = _f(2000, "images per OOD set judged after each round; before and after the loop all are", low=1)
     validation_sets: tuple[str, ...] = _f(("letters", "photos"), "OOD sets that `select=validation` may look at; none of ood_sets")
     validation_images: int = _f(0, "ID training images held out for the validation; 0: no validation", low=0)
-    # classifier
+
+# %% ../nbs/01_config.ipynb #8d695f3f
+@dataclass(frozen=True)
+class _Training(_Images):
+    "The classifier's training."
     dropout: float = _f(0.5, "dropout before the output layer", low=0.0, high=0.99)
     batch_size: int = _f(64, "classifier's batch", low=2)
     lr: float = _f(1e-3, "classifier's Adam step size (peak, under one-cycle)", low=1e-8, high=1.0)
@@ -42,16 +45,23 @@ class Config:
     shift: int = _f(0, "augmentation: random shift of the ID images by up to so many pixels", low=0, high=8)
     class_weights: str = _f("balanced", "N/(K·N_k), recomputed as garbage grows (§3.2), or none", ("balanced", "none"))
     precision: str = _f("auto", "arithmetic of training; auto: bfloat16 where the processor has it; judging is always float32", ("auto", "float32", "bfloat16"))
-    # garbage before any inversion
+
+# %% ../nbs/01_config.ipynb #33a911ac
+@dataclass(frozen=True)
+class _Garbage(_Training):
+    "The garbage class and the rounds."
     noise: tuple[str, ...] = _f(("gaussian",), "families of synthetic outliers that fill the garbage class")
     noise_images: int = _f(0, "how many of them; 0: as many as the mean known class has", low=0)
     fresh_noise: bool = _f(False, "draw the noise anew for every epoch")
     pretrain_epochs: int = _f(1, "classifier epochs before the first round (§3.11)", low=1)
-    # the loop
     rounds: int = _f(10, "training–inversion–exclusion rounds (the paper's epochs)", low=0)
     epochs_per_round: int = _f(1, "classifier epochs in a round", low=1)
     inversion: bool = _f(True, "false: the control, with as many noise images in place of what inversion finds")
-    # generator
+
+# %% ../nbs/01_config.ipynb #cd348482
+@dataclass(frozen=True)
+class _Generator(_Garbage):
+    "The generator's training."
     conditioning: str = _f("vector", "how the generator is told the class (§2.1.1)", ("label", "vector", "matrix", "vector-matrix"))
     latent_dim: int = _f(100, "length of the latent vector", low=1)
     generator_steps: int = _f(250, "generator steps per round", low=1)
@@ -69,15 +79,18 @@ class Config:
     temperature: float = _f(1.0, "conditions are softmax(v/temperature); lower is sharper", low=0.01, high=100.0)
     hard: bool = _f(False, "one-hot conditions, only cross-entropy and cosine count")
     wanted: str = _f("all", "classes asked of the generator: all K outputs, or only the known ones", ("all", "known"))
-    # what is drawn and excluded
+
+# %% ../nbs/01_config.ipynb #1cf2369f
+@dataclass(frozen=True)
+class Config(_Generator):
+    "All hyper-parameters of the training–inversion–exclusion loop (paper 1, §3.10 and §4), and every choice that the paper leaves open."
     samples: int = _f(1000, "images drawn from the generator per round", low=0)
     draw_mode: str = _f("eval", "generator's batch norm while drawing: running statistics, or those of class-mixed batches", ("eval", "mixed"))
-    exclude: str = _f("all", "what becomes garbage: all that is drawn, or only what is taken for a known class", ("all", "known"))
+    exclude: str = _f("all", "what becomes garbage: all that is drawn, what is taken for a known class, or what of that is less like any training image than 95 % of these are like another", ("all", "known", "far"))
     collapse_guard: bool = _f(True, "a collapsed round (one output, or one image, for everything) adds nothing")
     pixel_images: int = _f(0, "images per round found by ascent in pixel space from noise (exclusion without a generator)", low=0)
     pixel_steps: int = _f(20, "steps of that ascent", low=1)
     pixel_lr: float = _f(0.1, "its step size, on the [-1, 1] scale", low=1e-4, high=2.0)
-    # end
     select: str = _f("last", "round that is kept: the last, or the best on the validation (held-out ID images and validation_sets)", ("last", "validation"))
     seed: int = _f(0, "seed of everything random", low=0, high=2**31 - 1)
 

@@ -108,18 +108,16 @@ def _shares(weights: Weights) -> dict[str, float]:
 def frozen(module: nn.Module, mode: str = "eval") -> Iterator[nn.Module]:
     "`module` in `eval` or `train` mode without parameter gradients; modes, `requires_grad` and buffers are as before afterwards."
     if mode not in ("eval", "train"): raise unknown("mode of a frozen network", mode, ["eval", "train"])
-    modes = [(m, m.training) for m in module.modules()]
     needed = [(p, p.requires_grad) for p in module.parameters()]
     buffers = [(b, b.clone()) for b in module.buffers()] if mode == "train" else []
-    try:
-        module.train(mode == "train")
-        for p, _ in needed: p.requires_grad_(False)
-        yield module
-    finally:
-        for m, training in modes: m.training = training
-        for p, needs in needed: p.requires_grad_(needs)
-        with torch.no_grad():
-            for b, before in buffers: b.copy_(before)
+    with eval_mode(module):  # puts the modes back
+        try:
+            for p, _ in needed: p.requires_grad_(False)
+            yield module.train(mode == "train")
+        finally:
+            for p, needs in needed: p.requires_grad_(needs)
+            with torch.no_grad():
+                for b, before in buffers: b.copy_(before)
 
 # %% ../nbs/08_inversion.ipynb #62618ec2
 def _grad_norm(term: Tensor, params: list[Tensor]) -> float:
