@@ -173,7 +173,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "exp4": ("paper 1, experiment 4: 30 rounds, other loss weights", Config(rounds=30, alpha=1000.0, beta=2000.0, gamma=6000.0, delta=100.0)),
     "best": ("the strongest configuration known: broad noise, broken ID images and pen strokes; generator and pixel inversion; one-cycle",
         Config(noise=("noise:", "id:", "prior:"), noise_images=12000, fresh_noise=True, class_weights="none", pretrain_epochs=2, rounds=12,
-               batch_size=256, lr=3e-3, weight_decay=1e-4, schedule="one-cycle", shift=1, temperature=0.3, wanted="known", exclude="known",
+               batch_size=256, lr=3e-3, weight_decay=1e-4, schedule="one-cycle", shift=1, temperature=0.3, wanted="known", exclude="far",
                generator_steps=100, samples=1000, pixel_images=1000, pixel_steps=10, validation_images=2000, select="validation")),
 }
 
