@@ -20,7 +20,7 @@ from .data import to_input, to_uint8
 from .errors import NiooddError, unknown
 from .generator import Generator, sample_conditions
 from .models import logits_and_features
-from .train import autocast
+from .train import autocast, eval_mode
 
 # %% ../nbs/08_inversion.ipynb #828d0cf0
 def kl_loss(

@@ -270,3 +270,15 @@ def test_data_lists_every_set(capsys, tmp_path):
     from nioodd.data import SOURCES
     for name in SOURCES: assert any(line.startswith(name) for line in out.splitlines()), name
     assert str(tmp_path) in out and "nioodd data --download svhn" in out
+
+
+# --- what is excluded ----------------------------------------------------------------------------------------------
+
+def test_far_excludes_neither_garbage_nor_what_is_like_a_training_image(problem, config):
+    far = Loop(with_values(config, ["exclude=far"]), problem, progress=False)
+    real, odd = problem.train.images[:6], problem.ood["squares"].images[:6]
+    images, predicted = torch.cat([real, real // 2, odd, odd]), torch.tensor([0] * 18 + [3] * 6)
+    assert far.excluded(images, predicted).tolist() == [False] * 12 + [True] * 6 + [False] * 6
+    known = Loop(with_values(config, ["exclude=known"]), problem, progress=False)
+    assert known.excluded(images, predicted).tolist() == [True] * 18 + [False] * 6
+    assert not far.excluded(odd, torch.full((6,), 3)).any()
