@@ -22,7 +22,7 @@ from . import __version__
 from .data import to_input
 from .errors import NiooddError, unknown
 from .metrics import threshold_keeping
-from .models import Classifier
+from .models import NETWORKS, Classifier
 from .scores import garbage_log_odds, garbage_probability, uncertainty
 from .train import eval_mode, load_tensors, save_tensors, write_atomic
 
@@ -70,22 +70,26 @@ def load_weights(
 
 # %% ../nbs/10_detector.ipynb #5f57063c
 def describe_network(
-    model: nn.Module, # Any network; only `Classifier` itself can be rebuilt from this
+    model: nn.Module, # Any network; those of `nioodd.models.NETWORKS` can be rebuilt from this
 ) -> dict[str, Any]: # For JSON: class, arguments (None: cannot be rebuilt), channels_last
     "What `rebuild_network` needs beside the weights. Their memory layout selects the kernels, hence the last bits of a score."
     last = any(p.ndim == 4 and not p.is_contiguous() and p.is_contiguous(memory_format=torch.channels_last) for p in model.parameters())
     return {"class": f"{type(model).__module__}.{type(model).__qualname__}", "channels_last": last,
-            "arguments": model.arguments if type(model) is Classifier else None}
+            "arguments": model.arguments if type(model) in NETWORKS.values() else None}
 
 def rebuild_network(
     description: dict[str, Any], # From `describe_network`
     tensors: dict[str, Tensor], # Its weights
-    model: nn.Module | None = None, # A network to load them into; None: make a `Classifier`
+    model: nn.Module | None = None, # A network to load them into; None: make the one of `nioodd.models.NETWORKS`
 ) -> nn.Module: # In eval mode
     "The network that was described. Raises `NiooddError` if it cannot be rebuilt or the weights do not fit."
     if model is None and description["arguments"] is None:
         raise NiooddError(f"the saved network is a {description['class']}, which nioodd cannot rebuild; expected a module to load the weights into; call load(folder, model=...)")
-    model = load_weights(Classifier(**description["arguments"]) if model is None else model, tensors)
+    if model is None:
+        name = description["class"].rpartition(".")[2]
+        if name not in NETWORKS: raise unknown("network", name, NETWORKS)
+        model = NETWORKS[name](**description["arguments"])
+    load_weights(model, tensors)
     return (model.to(memory_format=torch.channels_last) if description["channels_last"] else model).eval()
 
 # %% ../nbs/10_detector.ipynb #cd712e69
@@ -174,7 +178,7 @@ class Detector(pytorch_ood.api.Detector):
 
     @classmethod
     def load(cls, folder: str | os.PathLike, model: nn.Module | None = None):
-        "The detector saved in `folder`, on the CPU, its network in eval mode; `model`: the module to load the weights into, needed unless it was a `Classifier`."
+        "The detector saved in `folder`, on the CPU, its network in eval mode; `model`: the module to load the weights into, needed unless it was a network of `nioodd.models`."
         description, tensors = read_detector(folder)
         kind = detector_class(cls, description["detector"])
         part = lambda prefix: {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -9,11 +9,8 @@ __all__ = ['Problem', 'load_problem', 'evenly', 'judge', 'describe_drawn', 'clim
 # %% ../nbs/11_garbage.ipynb #e330b4f3
 import json
 import os
-import platform
-import subprocess
 import time
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -21,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import __version__
 from .config import Config, differences, from_dict, to_dict
 from .data import ImageSet, check_classes, load, to_input, to_uint8
 from .detector import GarbageDetector
@@ -33,7 +29,7 @@ from .models import Classifier
 from .outliers import family_names, outliers
 from .scores import garbage_log_odds, uncertainty
 from .train import (Average, arithmetic, autocast, class_weights, features_of, load_tensors, logits_of, one_cycle, optimiser_tensors,
-                          restore_optimiser, save_tensors, train_epoch, write_atomic)
+                          provenance, restore_optimiser, save_tensors, train_epoch, write_atomic)
 
 # %% ../nbs/11_garbage.ipynb #c11706d0
 @dataclass
@@ -280,20 +276,6 @@ def _round(self: Loop) -> dict:
 Loop.pretrain, Loop.round, Loop.excluded = _pretrain, _round, _excluded
 
 # %% ../nbs/11_garbage.ipynb #4cb10df9
-def _commit() -> str | None:
-    "The git commit of the code that runs, or None outside a checkout; `-dirty` if tracked files are changed."
-    try:
-        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"], cwd=Path(__file__).parent,
-                              capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError, NameError): return None
-
-def _versions() -> dict[str, str]:
-    "Versions of Python and of what the results depend on."
-    def of(package):
-        try: return version(package)
-        except PackageNotFoundError: return "not installed"
-    return dict(python=platform.python_version(), nioodd=__version__, **{p: of(p) for p in ("torch", "torchvision", "numpy", "pytorch-ood", "scikit-learn")})
-
 def read_run(folder: str | os.PathLike) -> dict:
     "`run.json` of a run's folder. Raises `NiooddError` if the folder is none or the file is damaged."
     path = Path(folder) / "run.json"
@@ -388,8 +370,7 @@ def run(
     family_names(config.noise)
     problem = problem or load_problem(config, root)
     check_classes(problem.train)
-    info |= dict(versions=_versions(), commit=_commit(), device=str(device), threads=torch.get_num_threads(), n_known=problem.n_known,
-                 classes=problem.train.classes, precision=arithmetic(config.precision, device), sizes=dict(train=len(problem.train), test=len(problem.test), **{n: len(s) for n, s in problem.ood.items()}))
+    info |= dict(**provenance(device), n_known=problem.n_known, classes=problem.train.classes, precision=arithmetic(config.precision, device), sizes=dict(train=len(problem.train), test=len(problem.test), **{n: len(s) for n, s in problem.ood.items()}))
     write_atomic(out / "run.json", json.dumps(info, indent=1))
     before = time.perf_counter() - info["seconds"]
     with torch.random.fork_rng(devices=[torch.device(device)] if torch.device(device).type == "cuda" else []):
@@ -421,15 +402,15 @@ def _rounds(loop: Loop, out: Path, info: dict, started: float) -> None:
     if loop.config.select == "validation": kept = min(loop.rows, key=lambda r: r["validation"]["error"])["round"]
     loop.judged.load_state_dict(load_tensors(out / f"classifiers/round_{kept:03d}.safetensors")[0])
     info.update(best_round=kept, before=load_tensors(out / "logits/before.safetensors")[1]["row"], after=_save_logits(loop, out / "logits/after.safetensors"))
-    info["threshold_from"] = _save_detector(loop, out, kept)
+    info["threshold_from"] = _save_detector(loop, out)
     info["status"] = "finished"
     log()
 
-def _save_detector(loop: Loop, out: Path, kept: int) -> str:
+def _save_detector(loop: Loop, out: Path) -> str:
     "The kept network as a detector in the run's folder, its threshold from held-out ID images if there are any; the name of the set it is from."
     p = loop.problem
-    calibration = p.test if p.held_out is None else p.held_out
+    logits = load_tensors(out / "logits/after.safetensors")[0]["id"] if p.held_out is None else logits_of(loop.judged, p.held_out.images)
     detector = GarbageDetector(loop.judged, classes=p.train.classes)
-    detector.threshold(garbage_log_odds(logits_of(loop.judged, calibration.images)), keep=0.95)
+    detector.threshold(garbage_log_odds(logits), keep=0.95)
     detector.save(out)
-    return calibration.name + (" (test images)" if p.held_out is None else " (held-out training images)")
+    return f"{p.test.name} (test images)" if p.held_out is None else f"{p.held_out.name} (held-out training images)"

@@ -134,6 +134,7 @@ def _rows(run: Run, logits: Mapping[str, Mapping[str, Tensor]]) -> list[dict]:
     first = next((row for row in run.rows if row["round"] == 0), None)
     states = {state: _measured(logits[state]) if state in logits else row for state, row in (("before", first), ("after", run.kept))}
     rounds = {"before": 0, "after": run.kept["round"] if run.kept else None}
+    if "trust" in run.info: states["trust"], rounds["trust"] = run.info["trust"], 0
     sets = {(str(run.info["config"].get("id_set", "ID")), "ID"): {k: (v or {}).get("id", {}) for k, v in states.items()}}
     for name in dict.fromkeys(name for v in states.values() for name in (v or {}).get("ood", {})):
         sets[name, "OOD"] = {k: (v or {}).get("ood", {}).get(name, {}) for k, v in states.items()}
@@ -148,7 +149,8 @@ def before_after(
     """Every metric before (round 0) and after (the kept round), as fractions: `auroc_before`, `auroc_after` and so on.
 
     A row also has `set`, `role` ("ID" or "OOD"), `images` (how many; None where unknown), `round_before`,
-    `round_after`; what a set does not have is None. Raises NiooddError for a folder that is not a run's."""
+    `round_after`; what a set does not have is None. A run with trust intervals has a third of each, `auroc_trust` and so on:
+    the network of round 0 and the disagreement of two siblings (`nioodd.trust.beside_run`). Raises NiooddError for a folder that is not a run's."""
     run = open_run(run_dir)
     return _rows(run, _logits(run))
 
@@ -163,12 +165,16 @@ def _percent(share: float | None) -> str:
 # %% ../nbs/17_report.ipynb #08f5ab1d
 SHORT = {"detected": "detected", "fpr95_id_positive": "FPR95 ID+", "fpr95_ood_positive": "FPR95 OOD+", "accuracy_known": "acc. known", "accuracy_all": "acc. all", "rejected": "rejected"}
 
+def _states(row: Mapping) -> list[str]:
+    "What the row compares: before, after and, where they were learnt, trust intervals."
+    return [state for state in ("before", "after", "trust") if f"round_{state}" in row]
+
 def _text(rows: Sequence[dict], metrics: Sequence[str]) -> str:
     heads = [SHORT.get(m, METRICS[m][0]) for m in metrics]
     width = max(len(row["set"]) for row in rows)
     lines = [" " * (width + 8) + "".join(f"  {h:>{max(7, len(h))}}" for h in heads)]
     for row in rows:
-        for state in ("before", "after"):
+        for state in _states(row):
             cells = "".join(f"  {_percent(row[f'{m}_{state}']):>{max(7, len(h))}}" for m, h in zip(metrics, heads))
             lines.append(f"{row['set'] if state == 'before' else '':{width}}  {state:6}{cells}")
     return "\n".join(lines)
@@ -176,7 +182,7 @@ def _text(rows: Sequence[dict], metrics: Sequence[str]) -> str:
 def _markdown(rows: Sequence[dict], metrics: Sequence[str]) -> str:
     lines = [["set", "images", *(METRICS[m][0] for m in metrics)], ["---", *["---:"] * (len(metrics) + 1)]]
     for row in rows:
-        pairs = [f"{_percent(row[f'{m}_before'])} → **{_percent(row[f'{m}_after'])}**" for m in metrics]
+        pairs = [f"{_percent(row[f'{m}_before'])} → **{_percent(row[f'{m}_after'])}**" + (f" · {_percent(row[f'{m}_trust'])}" if "trust" in _states(row) else "") for m in metrics]
         lines.append([row["set"].replace("|", "\\|"), str(row["images"] or "–"), *pairs])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -195,7 +201,8 @@ def format_table(
         return out.getvalue()
     if not rows: return "Nothing is measured yet: no round is finished."
     after = rows[0]["round_after"]
-    title = "Per cent, before the loop (round 0) and after " + (f"(round {after})." if after is not None else "(no round is finished yet).")
+    title = "Per cent, before the loop (round 0) and after " + (f"(round {after})" if after is not None else "(no round is finished yet)")
+    title += ", and by trust intervals round the network of round 0." if "trust" in _states(rows[0]) else "."
     make = _text if style == "text" else _markdown
     parts = [([row for row in rows if row["role"] == role], metrics) for role, metrics in (("OOD", OOD_METRICS), ("ID", ID_METRICS))]
     return "\n\n".join([title, *(make(part, metrics) for part, metrics in parts if part)])
@@ -331,11 +338,12 @@ def _image(content: bytes, caption: str) -> str:
     return f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{b64encode(content).decode()}">{below}</figure>'
 
 def _pair(row: Mapping, metric: str) -> str:
-    "before → after of one metric, in per cent."
-    before, after = row[f"{metric}_before"], row[f"{metric}_after"]
-    if after is None: return f"{escape(_percent(before))}"
+    "before → after of one metric, and what trust intervals reach, in per cent."
+    before, after, trust = (row.get(f"{metric}_{k}") for k in ("before", "after", "trust"))
+    beside = "" if trust is None else f" · <i>{escape(_percent(trust))}</i>"
+    if after is None: return escape(_percent(before)) + beside
     worse = before is not None and (after < before if METRICS[metric][1] else after > before)
-    return f"{escape(_percent(before))} → <b>{escape(_percent(after))}</b>" + (' <small class="worse">worse</small>' if worse else "")
+    return f"{escape(_percent(before))} → <b>{escape(_percent(after))}</b>" + (' <small class="worse">worse</small>' if worse else "") + beside
 
 # %% ../nbs/17_report.ipynb #d0cc8e6b
 def _result(rows: Sequence[dict]) -> str:
@@ -352,7 +360,7 @@ def _result(rows: Sequence[dict]) -> str:
         lines = [[escape(r["set"]), str(r["images"] or "–"), *(_pair(r, m) for m in metrics)] for r in part]
         out += _table([head, "images", *(METRICS[m][0] for m in metrics)], lines, "pairs") if lines else ""
     when = f"after the loop (round {after})" if after is not None else "(no round of the loop is finished yet)"
-    return out + f'<p class="soft">Per cent, before (round 0, trained on ID and noise only) → {when}. Score: the log odds of garbage. The words are explained <a href="#words">below</a>.</p>'
+    return out + f'<p class="soft">Per cent, before (round 0, trained on ID and noise only) → {when}. Score: the log odds of garbage.{" In italics: trust intervals round the network of round 0, by the disagreement of two siblings." if "trust" in _states(rows[0]) else ""} The words are explained <a href="#words">below</a>.</p>'
 
 def _mean(rows: Sequence[dict], metric: str) -> dict:
     "The mean of a metric over the sets, before and after."
