@@ -189,7 +189,7 @@ def preset(name: str) -> Config:
     return PRESETS[name][1]
 
 # %% ../nbs/01_config.ipynb #71d466a2
-def field_docs() -> list[tuple[str, str, str]]:
-    "(name, default, sentence) of every field, in order."
+def field_docs(cls: type = Config) -> list[tuple[str, str, str]]:
+    "(name, default, sentence) of every field of a data class of options, in order."
     return [(f.name, ", ".join(f.default) if isinstance(f.default, tuple) else str(f.default),
-             f.metadata["doc"] + (f" ({', '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else "")) for f in dataclasses.fields(Config)]
+             f.metadata["doc"] + (f" ({', '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else "")) for f in dataclasses.fields(cls)]
