@@ -45,16 +45,15 @@ def noise(
 
 # %% ../nbs/14_siblings.ipynb #eee30d02
 def call_with(
-    model: nn.Module, # In the mode it is to run in
-    weights: dict[str, Tensor], # What replaces the parameters of these names, wherever they are tied
-    x: Tensor,
-) -> Tensor:
+    model: nn.Module, # In the mode it is to run in; not changed
+    weights: dict[str, Tensor], # What replaces the parameters of these names, wherever they are tied; the others are the model's own
+    x: Tensor, # As the network takes it
+) -> Tensor: # Gradients flow to `weights` only
     "`functional_call(model, weights, (x,))` that leaves the network alone also where it holds a module twice."
-    places: dict[int, list[str]] = {}
-    for path, m in model.named_modules():
-        for name, p in m.named_parameters(path, recurse=False, remove_duplicate=False): places.setdefault(id(p), []).append(name)
-    own = dict(model.named_parameters())
-    return functional_call(model, {place: w for name, w in weights.items() for place in places[id(own[name])]}, (x,), tie_weights=False)
+    names = {id(p): name for name, p in model.named_parameters()}
+    full = {name: p.detach() for name, p in model.named_parameters()} | weights
+    places = {f"{path}.{name}" if path else name: full[names[id(p)]] for path, m in model.named_modules() for name, p in m.named_parameters(recurse=False, remove_duplicate=False)}
+    return functional_call(model, places, (x,), tie_weights=False)
 
 # %% ../nbs/14_siblings.ipynb #74b61f9b
 @torch.no_grad()
@@ -274,7 +273,7 @@ class _Kept:
     def _check(self, x: Tensor) -> None:
         "Compares the last member's logits with those of the plain way; runs all the plain way from now on if they differ."
         plain = plain_logits(self.model, self.weights[-1:], x)[0]
-        if torch.allclose(self.stacked(x)[-1], plain, rtol=0, atol=1e-4 * plain.abs().max().item(), equal_nan=True): self.weights = [] # They are in `stacked`
+        if torch.allclose(self.stacked(x)[-1], plain, rtol=0, atol=1e-4 * plain.nan_to_num().abs().max().item(), equal_nan=True): self.weights = [] # They are in `stacked`
         else: self.stacked, self.why_plain = None, "run together, the siblings gave other logits than one after another"
         self.unchecked = False
 
@@ -308,7 +307,7 @@ class Siblings:
         own = dict(self.model.named_parameters())
         if i == 0 and self.original: return {k: own[k].detach().clone() for k in self.sigma}
         draw = lambda k, s: noise(k, s.shape, i, self.seed, self.distribution)
-        return {k: own[k] + s.to(own[k]) * draw(k, s).to(own[k]) for k, s in self.sigma.items()}
+        return {k: own[k].detach().clone().addcmul_(s.to(own[k]), draw(k, s).to(own[k])) for k, s in self.sigma.items()} # clone: keeps the memory layout
 
     def grow(self, n: int) -> "Siblings": # Itself
         "From now on `n` members; those there are stay as they are."

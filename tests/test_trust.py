@@ -1,0 +1,367 @@
+"""Agreement between siblings, learnt intervals, and their detector."""
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from pytorch_ood.benchmark import Benchmark
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nioodd.agreement import MEASURES, class_dispersion, disagreement, dispersion, kl_to_mean, measure
+from nioodd.data import to_input
+from nioodd.detector import Detector
+from nioodd.errors import NiooddError
+from nioodd.metrics import ood_metrics
+from nioodd.models import Classifier
+from nioodd.siblings import DISTRIBUTIONS, Siblings
+from nioodd.trust import REGULARISERS, TrustIntervalDetector, TrustIntervals, draw, scales, strength, uniform_sigma, why_stop
+
+SHAPE = (1, 8, 8)
+
+
+def images(n, seed=0): return torch.randint(0, 256, (n, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def logits(S=4, N=300, K=7, spread=4, seed=0): return spread * torch.randn(S, N, K, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def own_randomness():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def network():
+    net = Classifier(4, size=8)
+    net(torch.randn(64, *SHAPE))  # batch norm's running statistics leave their initial values
+    return net.eval()
+
+
+class Residual(nn.Module):
+    "Convolutions with and without bias, batch norm, a shortcut, dropout, tied weights, a parameter of its own, a frozen one."
+    def __init__(self, width=8):
+        super().__init__()
+        self.first, self.norm, self.second = nn.Conv2d(1, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.Conv2d(width, width, 3, padding=1)
+        self.tied, self.gain, self.drop, self.head = self.second, nn.Parameter(torch.ones(1)), nn.Dropout(0.5), nn.Linear(width, 4)
+        self.head.bias.requires_grad_(False)
+
+    def forward(self, x):
+        h = self.norm(self.first(x)).relu()
+        return self.head(self.drop(self.gain * (h + self.tied(self.second(h).relu())).mean((2, 3))))
+
+
+# Measures
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("S, K", [(2, 2), (2, 10), (7, 3)])
+def test_order_of_siblings_classes_and_images_does_not_matter(name, S, K):
+    z, f = logits(S, 50, K), measure(name)
+    score = f(z)
+    assert score.shape == (50,) and score.dtype == torch.float64
+    order = torch.randperm(50)
+    for same in (f(z[torch.randperm(S)]), f(z[..., torch.randperm(K)]), f(z + torch.randn(S, 50, 1)), f(z[:, order])[order.argsort()]):
+        torch.testing.assert_close(same, score, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_finite_at_extremes(name, dtype):
+    hot = torch.eye(10)
+    for z in (torch.zeros(2, 4, 10), 1e4 * hot[None].expand(3, -1, -1), 1e4 * hot[:2, None], 3e38 * hot[:2, None], -3e38 * hot[:2, None], torch.stack([1e4 * hot, torch.zeros(10, 10)])):
+        score = measure(name)(z.to(dtype))
+        assert score.isfinite().all() and (name.startswith("disagree") or (score >= 0).all())
+
+
+@pytest.mark.parametrize("S", [2, 3, 10])
+def test_identical_siblings_agree_exactly(S):
+    z = logits(1, 500, 10, spread=8).expand(S, -1, -1)
+    assert all((measure(name)(z) == 0).all() for name in ("dispersion", "kl_to_mean", "mutual_information"))
+    assert disagreement(z, "product").unique().numel() == 1 and disagreement(z).unique().numel() == 500
+
+
+@pytest.mark.parametrize("S", [2, 3, 10])
+@pytest.mark.parametrize("spread", [.1, 5, 100])
+def test_bounds(S, spread):
+    z = logits(S, 2000, 5, spread)
+    mu, tol = z.double().softmax(-1).mean(0), 1 + 1e-9
+    assert (class_dispersion(z) <= (S - 1) * mu * tol + 1e-300).all() and (dispersion(z) <= (S - 1) * tol).all()
+    assert (kl_to_mean(z) <= S * math.log(S) * tol).all() and (measure("mutual_information")(z) <= math.log(S) * tol).all()
+    assert (measure("entropy_of_mean")(z) <= math.log(5) * tol).all() and (measure("max_of_mean")(z) <= 1 - 1 / 5 + 1e-12).all()
+    if S == 2: assert ((dispersion(z) <= kl_to_mean(z) * (1 + 1e-6)) & (kl_to_mean(z) <= 2 * math.log(2) * dispersion(z) * (1 + 1e-6))).all()
+
+
+def test_definitions():
+    z = logits().double()
+    p, mu = z.softmax(-1), z.softmax(-1).mean(0)
+    H, D = -(mu * mu.log()).sum(1), (p.var(0, unbiased=False) / mu).sum(1)
+    KL = (p * (p / mu).log()).sum((0, 2))
+    want = dict(disagreement_sum=(H + D).log(), disagreement_product=(H * D).log(), dispersion=D, entropy_of_mean=H, max_of_mean=1 - mu.amax(1),
+                kl_to_mean=KL, mutual_information=H + (p * p.log()).sum(2).mean(0))
+    assert want.keys() == MEASURES.keys()
+    for name, value in want.items(): torch.testing.assert_close(measure(name)(z), value, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(disagreement(z, "product", tau=.5), (H * D + .5).log())
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_no_ties_are_merged(name):
+    lead = torch.linspace(3, 150, 3000)
+    z = torch.zeros(2, 3000, 10)
+    z[0, :, 3], z[1, :, 3] = lead, .9 * lead
+    score = measure(name)(z)
+    assert score.unique().numel() == 3000 and (score[100:].diff() < 0).all()
+
+
+@pytest.mark.parametrize("bad, word", [(torch.zeros(3, 4), "[S, N, K]"), (torch.zeros(1, 3, 4), "S >= 2"), (torch.zeros(2, 3, 1), "2 outputs"),
+                                       (torch.full((2, 3, 4), float("nan")), "NaN"), (torch.full((2, 3, 4), float("inf")), "infinity")])
+@pytest.mark.parametrize("name", MEASURES)
+def test_bad_logits(name, bad, word):
+    with pytest.raises(NiooddError) as e: measure(name)(bad)
+    assert word in str(e.value) and "\n" not in str(e.value)
+
+
+def test_unknown_measure_and_form():
+    with pytest.raises(NiooddError, match="did you mean 'dispersion'"): measure("dispertion")
+    with pytest.raises(NiooddError, match="known: sum, product"): disagreement(logits(), "difference")
+
+
+# Which parameters
+
+def test_parameters_by_choice():
+    net = Residual()
+    assert list(scales(net)) == ["gain", "first.weight", "second.weight", "second.bias", "head.weight", "head.bias"]
+    assert list(scales(net, "conv")) == ["first.weight", "second.weight", "second.bias"]
+    assert list(scales(net, "head")) == list(scales(net, "head", norm=True)) == ["head.weight", "head.bias"]
+    assert {"norm.weight", "norm.bias"} == scales(net, norm=True).keys() - scales(net).keys()
+    assert scales(net)["second.bias"] == scales(net)["second.weight"] == pytest.approx(net.second.weight.std().item(), rel=1e-6)
+    s = uniform_sigma(net, .3, norm=True)
+    assert strength(net, s) == pytest.approx(.3) and all(s[k].shape == p.shape for k, p in net.named_parameters() if k in s)
+
+
+def test_no_parameters():
+    for net in (nn.Flatten(), nn.Sequential(nn.BatchNorm2d(3))):
+        for make in (TrustIntervals, uniform_sigma):
+            with pytest.raises(NiooddError, match="has no parameters"): make(net)
+    with pytest.raises(NiooddError, match="has no parameters for which='conv'"): TrustIntervals(nn.Linear(3, 3), "conv")
+    assert list(TrustIntervals(nn.Sequential(nn.BatchNorm2d(3)), norm=True).rho) == ["0.weight", "0.bias"]
+
+
+@pytest.mark.parametrize("arguments, word", [(dict(which="convs"), "did you mean 'conv'"), (dict(distribution="gauss"), "gaussian"), (dict(sigma_init=0), "sigma_init"),
+                                             (dict(sigma_init=.5, sigma_max=.2), "sigma_max")])
+def test_bad_construction(network, arguments, word):
+    with pytest.raises(NiooddError, match=word): TrustIntervals(network, **arguments)
+
+
+def test_weights_that_are_not_finite(network):
+    with torch.no_grad(): network.head.weight[0, 0] = float("nan")
+    with pytest.raises(NiooddError, match="not finite"): TrustIntervals(network)
+
+
+# Learning
+
+@pytest.mark.parametrize("make, options", [(lambda: Classifier(4, size=8), {}), (Residual, {}), (Residual, dict(norm=True)), (Residual, dict(which="head")), (Residual, dict(which="conv"))])
+def test_the_network_is_left_as_it_was(make, options):
+    net = make()
+    net.train(); net.get_submodule("head").eval()
+    state, modes = copy.deepcopy(net.state_dict()), [m.training for m in net.modules()]
+    flags = [p.requires_grad for p in net.parameters()]
+    random = torch.random.get_rng_state()
+    trust = TrustIntervals(net, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trust.fit([(images(80), torch.arange(80) % 4)] * 3, progress=False)
+    assert all(torch.equal(state[k], v) for k, v in net.state_dict().items()) and modes == [m.training for m in net.modules()]
+    assert flags == [p.requires_grad for p in net.parameters()] and all(p.grad is None for p in net.parameters())
+    assert torch.equal(random, torch.random.get_rng_state())
+    assert all((s > 0).all() for s in trust.sigma().values())
+    assert trust.sigma().keys() == scales(net, **options).keys()
+
+
+@pytest.mark.parametrize("regulariser", REGULARISERS)
+def test_regularisers_widen_and_the_cap_holds(network, regulariser):
+    trust, x, y = TrustIntervals(network, sigma_max=.15), to_input(images(8)), torch.arange(8) % 4
+    first = trust.step(x, y, regulariser=regulariser, lambda2=1e6)
+    for _ in range(60): last = trust.step(x, y, regulariser=regulariser, lambda2=1e6)
+    assert last["regulariser"] < first["regulariser"] and strength(network, trust.sigma()) == pytest.approx(.15, rel=1e-3)
+
+
+def test_without_a_regulariser_siblings_come_to_agree(network):
+    with torch.no_grad(): network.head.weight.mul_(50)  # a confident network has something to lose
+    trust, x = TrustIntervals(network, sigma_init=.3), to_input(images(64))
+    y = network(x).argmax(1)
+    found = [trust.step(x, y, lambda2=0) for _ in range(60)]
+    for term in ("nll", "variance"): assert sum(t[term] for t in found[-10:]) < 0.95 * sum(t[term] for t in found[:10])
+
+
+def test_step_in_parts_is_the_step_on_the_whole(network):
+    "The gradient by autograd through everything, on one batch of more images than a part holds."
+    trust, x, y = TrustIntervals(network, sigma_init=.3), to_input(images(150)), torch.arange(150) % 4
+    rho = {k: r.clone().requires_grad_() for k, r in trust.rho.items()}
+    torch.manual_seed(3)
+    terms = trust.step(x, y, lambda1=2, lambda2=.5, draws=3)
+    torch.manual_seed(3)
+    sigma = {k: r.exp().log1p() for k, r in rho.items()}
+    noise = [draw(trust.rho) for _ in range(3)]
+    own = {k: p.detach() for k, p in network.named_parameters()}
+    p = torch.stack([torch.func.functional_call(network, own | {k: own[k] + s * e[k] for k, s in sigma.items()}, (x,)).softmax(1) for e in noise])
+    loss = -p[:, range(150), y].log().mean() + 2 * p.var(0).sum(1).mean() - .5 * torch.cat([(s / trust.scale[k]).log().flatten() for k, s in sigma.items()]).mean()
+    assert terms["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for (k, r), g in zip(trust.rho.items(), torch.autograd.grad(loss, list(rho.values()))):
+        torch.testing.assert_close(r.grad, g, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_every_distribution_learns_and_is_kept(network, distribution, tmp_path):
+    trust = TrustIntervals(network, distribution=distribution, sigma_init=.01)
+    trust.step(to_input(images(8)), torch.arange(8) % 4)
+    again = TrustIntervals.load(trust.save(tmp_path/"t.safetensors"), network)
+    assert again.distribution == distribution and again.siblings(3).distribution == distribution
+    x = to_input(images(5))
+    assert torch.equal(again.siblings(3, seed=7).logits(x), trust.siblings(3, seed=7).logits(x))
+
+
+def test_fit_repeats_itself_and_reports(network):
+    loader = DataLoader(TensorDataset(images(96), torch.arange(96) % 4), batch_size=32, shuffle=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        a, b = ((t := TrustIntervals(network)).fit(loader, (images(30, 1), torch.arange(30) % 4), steps=7, check_every=3, seed=5, progress=False, draws=3) and t for _ in range(2))
+        assert all(torch.equal(a.rho[k], b.rho[k]) for k in a.rho)
+        rows = TrustIntervals(network).fit(loader, progress=False)
+    assert [r["step"] for r in rows] == [0, 3] and rows[-1]["stopped"] == "all steps were made" and "loss" in rows[-1] and "loss" not in rows[0]
+
+
+def test_stops_and_goes_back(network):
+    x = images(60)
+    y = network(to_input(x)).argmax(1)
+    trust = TrustIntervals(network, sigma_init=.01, sigma_max=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rows = trust.fit([(x, y)], (x, y), steps=400, check_every=5, patience=2, lambda2=1e3, lr=.1, progress=False)
+    assert rows[-1]["step"] < 400 and "NLL has risen" in rows[-1]["stopped"]
+    assert strength(network, trust.sigma()) == pytest.approx(rows[-3]["strength"], rel=1e-5)
+
+
+def test_stopping_rule():
+    assert why_stop([(1, 1)] * 20) is None and why_stop([]) is None
+    rising = [(1, .1 * i) for i in range(20)]
+    assert why_stop(rising) is None  # ΣVar that has never fallen does not stop anything
+
+
+def test_warns_when_siblings_are_worse(network):
+    x = images(200)
+    y = network(to_input(x)).argmax(1)
+    with pytest.warns(UserWarning, match="points of accuracy.*lower lambda2"):
+        TrustIntervals(network, sigma_init=1).fit([(x, y)], progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        TrustIntervals(network, sigma_init=1e-4).fit([(x, y)], progress=False)
+
+
+@pytest.mark.parametrize("options, word", [(dict(draws=1), "draws is 1"), (dict(lambda1=-.1), "lambda1 is -0.1"), (dict(lambda2=-1), "lambda2 is -1"), (dict(lambda2=float("nan")), "lambda2 is nan"),
+                                           (dict(regulariser="log"), "unknown regulariser"), (dict(steps=0), "steps is 0")])
+def test_bad_options(network, options, word):
+    with pytest.raises(NiooddError, match=word): TrustIntervals(network).fit([(images(8), torch.arange(8) % 4)], progress=False, **options)
+
+
+@pytest.mark.parametrize("loader, word", [
+    ([images(8)], "without labels"), ([(images(8),)], "without labels"), (DataLoader(TensorDataset(images(8))), "without labels"),
+    ([], "steps is 0"), ((b for b in []), "no length"), ([(images(8), torch.arange(8))], "labels run from 0 to 7, but the network has 4 outputs"),
+    ([(images(8), -torch.ones(8).long())], "labels run from -1"), ([(images(8), torch.rand(8))], "float32"), ([(images(8), torch.zeros(7).long())], r"\[7\] for 8 images"),
+    ([(torch.full((8, *SHAPE), float("nan")), torch.zeros(8).long())], "nan|NaN")])
+def test_bad_loaders(network, loader, word):
+    with pytest.raises(NiooddError, match=word) as e: TrustIntervals(network).fit(loader, progress=False)
+    assert "\n" not in str(e.value)
+
+
+def test_a_loss_that_is_not_finite_names_the_term_and_changes_nothing(network):
+    trust = TrustIntervals(network)
+    before = {k: r.clone() for k, r in trust.rho.items()}
+    with pytest.raises(NiooddError, match="the nll of the trust intervals became nan"): trust.step(torch.full((4, *SHAPE), float("nan")), torch.zeros(4).long())
+    assert all(torch.equal(before[k], r) for k, r in trust.rho.items())
+
+
+# Files
+
+def test_files_of_another_architecture(network, tmp_path):
+    file = TrustIntervals(network).save(tmp_path/"t.safetensors")
+    with pytest.raises(NiooddError) as e: TrustIntervals.load(file, Classifier(5, size=8))
+    assert "head.weight is [4, 128] in the intervals, [5, 128] in the network" in str(e.value) and "head.bias is [4]" in str(e.value) and "\n" not in str(e.value)
+    with pytest.raises(NiooddError, match=r"is not in the network"): TrustIntervals.load(file, Residual())
+    bigger = nn.Sequential()
+    for k, m in network.named_children(): bigger.add_module(k, m)
+    bigger.add_module("more", nn.Linear(4, 4))
+    with pytest.raises(NiooddError, match="no intervals for more.bias, more.weight"): TrustIntervals.load(file, bigger)
+
+
+def test_files_that_are_something_else(network, tmp_path):
+    from nioodd.train import save_tensors
+    with pytest.raises(NiooddError, match="does not exist"): TrustIntervals.load(tmp_path/"absent", network)
+    with pytest.raises(NiooddError, match="no trust intervals"): TrustIntervals.load(save_tensors(tmp_path/"a", network.state_dict()), network)
+
+
+# The detector
+
+@pytest.fixture
+def detector(network):
+    return TrustIntervalDetector(network, uniform_sigma(network, .1)).fit([images(100)])
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_detector_scores_are_the_measure_of_its_siblings(network, name):
+    sigma, x = uniform_sigma(network, .1), images(20)
+    d = TrustIntervalDetector(network, sigma, name, n=3, seed=2)
+    torch.testing.assert_close(d.predict(x), measure(name)(Siblings(network, sigma, 3, 2).logits(to_input(x))), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d.sibling_logits(x)[0], d.logits(x))
+
+
+def test_scores_do_not_depend_on_the_batch_or_its_order(detector):
+    x, order = images(40), torch.randperm(40)
+    whole = detector.predict(x)
+    for other in (torch.cat([detector.predict(i[None]) for i in x]), detector.predict(x[order])[order.argsort()], detector.predict(torch.cat([images(7, 3), x]))[7:]):
+        torch.testing.assert_close(other, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", [None, "own"])
+def test_saved_and_loaded_detectors_score_alike(network, tmp_path, model):
+    net = Residual().eval() if model else network
+    d = TrustIntervalDetector(net, uniform_sigma(net, .2, norm=True), "kl_to_mean", n=4, seed=3, distribution="laplace").fit([images(100)])
+    again = Detector.load(d.save(tmp_path), model=Residual() if model else None)
+    assert type(again) is TrustIntervalDetector and again.arguments() == d.arguments() and again.threshold_ == d.threshold_
+    assert torch.equal(again.predict(images(30, 1)), d.predict(images(30, 1)))
+
+
+def test_a_score_is_never_kept(detector, network):
+    x = images(10)
+    before = detector.predict(x)
+    with torch.no_grad(): network.head.weight.mul_(2)
+    after = detector.predict(x)
+    fresh = TrustIntervalDetector(network, detector.learnt()).predict(x)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, fresh, rtol=1e-4, atol=1e-4)
+
+
+def test_drops_into_the_benchmark(detector, network):
+    known, unknown, labels = images(60, 1), images(30, 2) // 4, torch.arange(60) % 3
+
+    class Small(Benchmark):
+        ood_names = ["dark"]
+        def train_set(self): return TensorDataset(known, labels)
+        def test_sets(self, known_=True, unknown_=True): return [TensorDataset(torch.cat([known, unknown]), torch.cat([labels, -torch.ones(30).long()]))]
+    network.train()
+    row, = Small().evaluate(detector, loader_kwargs=dict(batch_size=16))
+    scores = torch.cat([detector.predict(x) for x in torch.cat([known, unknown]).split(16)])
+    assert row["AUROC"] == pytest.approx(ood_metrics(scores[:60], scores[60:])["auroc"], abs=1e-12) and network.training
+
+
+@pytest.mark.parametrize("make, word", [
+    (lambda net: TrustIntervalDetector(net, uniform_sigma(net), n=1), "n is 1"), (lambda net: TrustIntervalDetector(net, uniform_sigma(net), "agreement"), "unknown measure"),
+    (lambda net: TrustIntervalDetector(net, uniform_sigma(Classifier(5, size=8))), r"\[5, 128\] in the intervals, \[4, 128\]"),
+    (lambda net: TrustIntervalDetector(net).predict(images(2)), "no intervals"), (lambda net: TrustIntervalDetector(net, uniform_sigma(net), distribution="gausian"), "gaussian"),
+    (lambda net: TrustIntervalDetector(net, uniform_sigma(net)).is_ood(images(2)), "no threshold"),
+    (lambda net: TrustIntervalDetector(net, uniform_sigma(net)).predict(images(2)[0]), "shape"), (lambda net: uniform_sigma(net, -1), "share is -1")])
+def test_bad_detectors(network, make, word):
+    with pytest.raises(NiooddError, match=word) as e: make(network)
+    assert "\n" not in str(e.value)
