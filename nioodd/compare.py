@@ -25,7 +25,7 @@ from .metrics import accuracy_all, ood_metrics
 from .scores import energy, entropy, max_logit, msp
 from .siblings import Siblings
 from .train import eval_mode, provenance, write_atomic
-from .trust import TrustIntervalDetector, strength, uniform_sigma
+from .trust import TrustIntervalDetector, scales, strength, uniform_sigma
 
 # %% ../nbs/21_compare.ipynb #a9618ba0
 def error_change(
@@ -101,6 +101,17 @@ def _changes(model: nn.Module, sigma: dict[str, Tensor], images: Tensor, seed: i
     direction = {k: w - p.detach() for (k, p), w in ((kp, one[kp[0]]) for kp in model.named_parameters() if kp[0] in one)}
     return _histogram(torch.cat([error_change(model, direction, to_input(b)) for b in images.split(250)]).abs())
 
+def _intervals(model: nn.Module, sigma: dict[str, Tensor], n: int = 24) -> dict[str, dict]:
+    "Of each parameter: scale of its layer, quantiles of σ ÷ scale, and n evenly spaced weights with their σ."
+    weights, out = dict(model.named_parameters()), {}
+    scale = scales(model, norm=True)
+    for k, s in sigma.items():
+        flat = s.flatten().double()
+        some = torch.arange(min(n, len(flat))) * len(flat) // min(n, len(flat))
+        q = (flat[:: max(1, len(flat) // 100000)] / scale[k]).quantile(torch.linspace(0, 1, 21).double())
+        out[k] = dict(scale=scale[k], quantiles=q.tolist(), weight=weights[k].detach().flatten()[some].tolist(), sigma=flat[some].tolist())
+    return out
+
 def compare(
     folder: str | os.PathLike, # Of a saved `TrustIntervalDetector`
     data: str = "mnist", # ID set; its test images are judged
@@ -115,7 +126,7 @@ def compare(
     seed: int = 1000, # Of the siblings
     details: dict | None = None, # More for the file: command
     progress: bool = True,
-) -> dict: # `rows`, `accuracy`, `strength`, `error_change` and where it all comes from
+) -> dict: # `rows`, `accuracy`, `strength`, `intervals`, `error_change` and where it all comes from
     "Measure one network and its intervals. Raises `NiooddError` for a folder or a set that is not there, or a file that is."
     if out is not None and Path(out).exists(): raise NiooddError(f"{out} exists; give another --out, or delete it to measure anew")
     detector = Detector.load(folder)
@@ -126,7 +137,7 @@ def compare(
     sets = {test.name: test} | {s.name: s for s in (evenly(load(o, "all", root=root, **shape), images) for o in ood)}
     share = strength(model, learnt)
     untrained = {k: s for k, s in uniform_sigma(model, share, norm=True).items() if k in learnt}
-    result = dict(details or {}, folder=Path(folder).name, data=test.name, seed=seed, strength=share, images={o: len(s) for o, s in sets.items()}, rows=[], accuracy={}, error_change={}, **provenance())
+    result = dict(details or {}, folder=Path(folder).name, data=test.name, seed=seed, strength=share, images={o: len(s) for o, s in sets.items()}, intervals=_intervals(model, learnt), rows=[], accuracy={}, error_change={}, **provenance())
     for noise, sigma in dict(learnt=learnt, untrained=untrained).items():
         siblings, z = Siblings(model, sigma, 1 + pool, seed, detector.distribution), {}
         for o in tqdm(sets, desc=f"siblings, {noise}", disable=not progress): z[o] = _sibling_logits(siblings, sets[o].images)
