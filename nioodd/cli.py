@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from pathlib import Path
 
 from . import __version__
@@ -263,10 +264,17 @@ def _bench(a: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/22_cli.ipynb #c446362d
+def _show_warning(message, category, *_) -> None:
+    "A warning of ours, in one line; those of the libraries beneath are for developers."
+    if category is UserWarning: print(f"nioodd: warning: {message}", file=sys.stderr)
+
 def main(argv: list[str] | None = None) -> int:
     "Entry point of the command `nioodd`; the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."
     a = parser().parse_args(argv)
-    try: return a.do(a)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return a.do(a)
     except NiooddError as e: code, message = 2, f"nioodd: error: {e}"
     except KeyboardInterrupt as e: code, message = 130, f"nioodd: interrupted{'; ' if str(e) else ''}{e}"
     except BrokenPipeError:                                       # the reader of our output has gone, as in `nioodd data | head`

@@ -156,12 +156,17 @@ def use_every_module(folder: Path):
         inversion=lambda m: m.invert(model, n=4, steps=2),
         outliers=lambda m: m.outliers(("gaussian",), 4, images),
         detector=lambda m: m.GarbageDetector(model).predict(torch.zeros(2, 1, 28, 28)),
+        recipes=lambda m: m.recipe_data(m.Recipe(data="digits5k", validation_images=500)),
+        agreement=lambda m: m.disagreement(torch.randn(2, 3, 11)),
+        siblings=lambda m: m.Siblings(model, {"head.weight": torch.full((11, 128), 0.1)}).logits(torch.zeros(2, 1, 28, 28)),
+        trust=lambda m: m.TrustIntervals(model).step(torch.zeros(2, 1, 28, 28), torch.tensor([0, 1])),
+        compare=lambda m: m.score_rows({"id": torch.randn(3, 9, 4), "ood": torch.randn(3, 9, 4)}, sizes=(2,)),
         show=lambda m: m.png(m.grid(images)),
         cli=lambda m: small_run(m.main),
     )
     for name in modules:
         if name in calls: calls[name](loaded[name])
-        else: assert name in {"garbage", "report", "bench"}, f"nothing of {name} is called here"  # small_run calls the first two
+        else: assert name in {"garbage", "report", "fit", "bench", "bench_trust"}, f"nothing of {name} is called here"  # small_run calls the first three
 
 
 def small_run(main):
@@ -169,9 +174,9 @@ def small_run(main):
     from PIL import Image
     Path("foreign").mkdir()
     for i in range(64): Image.effect_noise((28, 28), 2*i).save(f"foreign/{i}.png")
-    values = ["train_images=256", "ood_sets=folder:foreign", "eval_images=64", "rounds=1", "pretrain_epochs=1", "generator_steps=2", "samples=32"]
+    values = ["train_images=256", "ood_sets=folder:foreign", "eval_images=64", "rounds=1", "pretrain_epochs=1", "generator_steps=2", "samples=32", "trust_steps=2"]
     main(["run", "quickstart", "--out", "small", *(word for value in values for word in ("--set", value))])
-    for name in ["run.json", "metrics.jsonl", "table.md", "table.csv", "report.html", "model.safetensors", "detector.json"]:
+    for name in ["run.json", "metrics.jsonl", "table.md", "table.csv", "report.html", "model.safetensors", "detector.json", "trust/detector.json"]:
         assert Path("small", name).stat().st_size, name
 
 

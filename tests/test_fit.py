@@ -1,0 +1,108 @@
+"""The second method from the command line: train, fit, compare, score, and beside the loop."""
+import json
+
+import pytest
+from PIL import Image
+
+from nioodd.cli import main
+from nioodd.config import Config, with_values
+from nioodd.data import load
+from nioodd.detector import Detector
+from nioodd.fit import TrustOptions, beside_run, fit_folder
+from nioodd.garbage import run
+from nioodd.report import before_after, format_table, write_report
+from nioodd.trust import TrustIntervalDetector
+
+SMALL = ["--data", "digits5k", "--epochs", "1", "--set", "size=14", "--set", "validation_images=500"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    "A C1 of one epoch."
+    folder = tmp_path_factory.mktemp("plain") / "net"
+    assert main(["train", "C1", *SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guard(plain):
+    folder = plain.parent / "guard"
+    assert main(["trust", "fit", str(plain), "--out", str(folder), "--set", "steps=20", "--set", "members=3"]) == 0
+    return folder
+
+
+def error(capsys, *argv):
+    capsys.readouterr()
+    assert main(list(map(str, argv))) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    assert err.startswith("nioodd: error: ")
+    return err
+
+
+def test_train_writes_where_it_came_from(plain):
+    info = json.loads((plain / "model.json").read_text())
+    assert info["status"] == "finished" and info["recipe"]["data"] == "digits5k" and 0 < info["accuracy"]["test"] <= 1
+    assert info["command"] == "nioodd train C1 --seed 0 --set data=digits5k --set size=14 --set validation_images=500 --set epochs=1"
+
+
+def test_fit_writes_a_detector_and_how_it_came_about(plain, guard):
+    fit, model = (json.loads((f / n).read_text()) for f, n in ((guard, "fit.json"), (plain, "model.json")))
+    assert fit["model_sha256"] == model["sha256"] and fit["options"]["members"] == 3 and fit["data"] == "digits5k"
+    assert fit["command"] == "nioodd trust fit net --set steps=20 --set members=3"
+    detector = Detector.load(guard)
+    assert isinstance(detector, TrustIntervalDetector) and detector.n == 3 and detector.threshold_ is not None
+    assert sorted(p.name for p in guard.iterdir()) == ["detector.json", "fit.json", "model.safetensors"]
+
+
+def test_score_says_what_each_image_is(guard, tmp_path, capsys):
+    for i, image in enumerate(load("digits5k", "test", n=3).images): Image.fromarray(image[0].numpy()).save(tmp_path / f"{i}.png")
+    capsys.readouterr()
+    assert main(["score", str(guard), str(tmp_path), "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [r["file"].rpartition("/")[2] for r in rows] == ["0.png", "1.png", "2.png"]
+    assert all(set(r) == {"file", "class", "uncertainty", "score", "ood"} and r["class"] in "0123456789" for r in rows)
+
+
+def test_compare_writes_rows(guard, tmp_path, capsys):
+    out = tmp_path / "rows.json"
+    argv = ["trust", "compare", str(guard), "--data", "digits5k", "--ood", "letters", "--images", "60", "--pool", "4", "--changes", "50", "--out", str(out)]
+    assert main(argv) == 0
+    assert "disagreement_sum" in capsys.readouterr().out
+    result = json.loads(out.read_text())
+    assert {r["noise"] for r in result["rows"]} == {"none", "learnt", "untrained"} and {r["ood"] for r in result["rows"]} == {"letters"}
+    assert "exists" in error(capsys, *argv)
+
+
+def test_bad_input_is_one_line(plain, guard, tmp_path, capsys):
+    assert "no MODEL" in error(capsys, "trust", "fit")
+    assert "lambda1" in error(capsys, "trust", "fit", plain, "--set", "lambda1=-1")
+    assert "members" in error(capsys, "trust", "fit", plain, "--set", "members=1")
+    assert "regulariser" in error(capsys, "trust", "fit", plain, "--set", "regulariser=log")
+    assert "not empty" in error(capsys, "trust", "fit", plain, "--out", guard)
+    assert "holds no" in error(capsys, "trust", "fit", tmp_path)
+    assert "recipe" in error(capsys, "train", "C9")
+    assert "epochs" in error(capsys, "train", "C1", "--epochs", "0")
+    assert "digits5k" in error(capsys, "train", "C1", "--data", "digit5k")
+    assert "holds a" in error(capsys, "train", "C1", *SMALL, "--out", plain)
+
+
+def test_a_run_shows_both_methods(tmp_path):
+    values = ["id_set=digits5k", "ood_sets=letters", "ood_split=test", "size=12", "train_images=600", "rounds=1", "samples=33", "generator_steps=4",
+              "eval_images=60", "trust_steps=5"]
+    run(with_values(Config(), values), tmp_path / "run", progress=False)
+    assert "trust" not in format_table(before_after(tmp_path / "run"))
+    row = beside_run(tmp_path / "run", progress=False)
+    table = before_after(tmp_path / "run")
+    assert table[1]["auroc_trust"] == row["ood"]["letters"]["auroc"] and table[1]["detected_trust"] is None and table[0]["accuracy_known_trust"] > 0
+    assert "trust intervals round the network of round 0" in format_table(table) and " · " in format_table(table, "md")
+    assert "In italics: trust intervals" in write_report(tmp_path / "run", progress=False).read_text()
+    assert Detector.load(tmp_path / "run/trust").classes[-1] == "garbage"
+    assert beside_run(tmp_path / "run", progress=False) == row                          # not learnt twice
+
+
+def test_fit_of_a_run_uses_its_images(tmp_path):
+    values = ["id_set=digits5k", "ood_sets=letters", "ood_split=test", "size=12", "train_images=600", "rounds=0", "validation_images=100",
+              "validation_sets=photos"]
+    run(with_values(Config(), values), tmp_path / "run", progress=False)
+    fit = fit_folder(tmp_path / "run", tmp_path / "guard", TrustOptions(steps=3), progress=False)
+    assert fit["data"] == "digits5k" and fit["threshold_from"] == "digits5k"
