@@ -142,12 +142,13 @@ def _run(a: argparse.Namespace) -> int:
     device = _device(a.device)
     print(f"{name}: {c.rounds} rounds on {c.id_set}, judged on {', '.join(c.ood_sets)}; seed {c.seed}, {device}; folder {out}", flush=True)
     command = _said(["run", name], c, preset(name))
-    try: info = run(c, out, root=a.root, device=device, resume=a.resume, details=dict(preset=name, command=command))
+    try:
+        info = run(c, out, root=a.root, device=device, resume=a.resume, details=dict(preset=name, command=command))
+        if c.trust_steps:
+            from nioodd.fit import beside_run
+            beside_run(out, a.root)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the finished rounds are kept; go on with: nioodd run --resume --out {shlex.quote(str(out))}") from None
-    if c.trust_steps:
-        from nioodd.fit import beside_run
-        beside_run(out, a.root)
     page = write_report(out)
     print(format_table(before_after(out), "text"))
     print(f"\nround {info['best_round']} kept, {info['seconds']:.0f} s\nreport    {page}\npictures  {out / 'pictures'}\ndetector  nioodd score {shlex.quote(str(out))} IMAGE…")
