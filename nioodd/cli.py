@@ -47,12 +47,12 @@ def _trust_arguments(commands) -> None:
     fit.set_defaults(do=_trust_fit)
     compare = steps.add_parser("compare", help="siblings and their measures beside plain scores and untrained noise, into a JSON file")
     compare.add_argument("detector", metavar="DETECTOR", help="the folder of a `nioodd trust fit`")
-    compare.add_argument("--data", default="mnist", metavar="NAME", help="in-distribution set; its test images are judged (default mnist)")
-    compare.add_argument("--ood", default="fashion_mnist,cifar10,cmaterdb,cmaterdb-inverted", metavar="NAME,NAME")
-    compare.add_argument("--out", required=True, metavar="FILE")
+    compare.add_argument("--data", metavar="NAME", help="in-distribution set; its test images are judged (default: the one the intervals were learnt on)")
+    compare.add_argument("--ood", default="fashion_mnist,cifar10,cmaterdb,cmaterdb-inverted", metavar="NAME,NAME", help="sets that are not known (default %(default)s); -inverted: 255 − pixel")
+    compare.add_argument("--out", required=True, metavar="FILE", help="the JSON file; must not exist")
     compare.add_argument("--images", type=int, default=10000, metavar="N", help="per OOD set, at most (default 10000)")
     compare.add_argument("--pool", type=int, default=18, metavar="N", help="siblings drawn (default 18)")
-    compare.add_argument("--changes", type=int, default=1000, metavar="N", help="images per set for the change of error by (3) (default 1000; 0: none)")
+    compare.add_argument("--changes", type=int, default=1000, metavar="N", help="images per set whose change of error ΔE by paper 2's equation (3) is measured (default 1000; 0: none)")
     _common(compare, "root")
     compare.set_defaults(do=_trust_compare)
 
@@ -124,15 +124,15 @@ def _configuration(a: argparse.Namespace, out: Path, name: str) -> Config:
     return with_values(preset(name), given)
 
 # %% ../nbs/22_cli.ipynb #7f1986ce
-def _print_fields(cls: type) -> int:
-    "The options of a data class, their defaults and sentences."
-    for name, default, doc in field_docs(cls): print(f"{name:20s} {default:30s} {doc}")
+def _print_fields(options) -> int:
+    "The options of a data class, their values and sentences."
+    for name, default, doc in field_docs(options): print(f"{name:20s} {default:30s} {doc}")
     return 0
 
 def _run(a: argparse.Namespace) -> int:
     "`nioodd run`: the loop, then the report; prints the before/after table and where things are."
     if a.fields:
-        return _print_fields(Config)
+        return _print_fields(preset(a.preset or "quickstart"))
     name = a.preset or "quickstart"
     c = with_values(preset(name), a.settings)                     # what is wrong with the arguments is said before PyTorch loads
     out = _folder(a.out, f"{name}-seed{c.seed if a.seed is None else a.seed}", a.resume)
@@ -161,10 +161,10 @@ def _said(words: list[str], options, base) -> str:
 
 def _train(a: argparse.Namespace) -> int:
     "`nioodd train`: prints the accuracies and where the network is."
-    from nioodd.recipes import RECIPES, Recipe, train_classifier
-    if a.fields: return _print_fields(Recipe)
+    from nioodd.recipes import RECIPES, train_classifier
     if a.recipe not in RECIPES: raise unknown("recipe", a.recipe, RECIPES)
     base = RECIPES[a.recipe]
+    if a.fields: return _print_fields(base)
     recipe = with_values(base, [f"data={a.data}"] * (a.data is not None) + [f"epochs={a.epochs}"] * (a.epochs is not None) + a.settings)
     out = _folder(a.out, f"{a.recipe}-seed{a.seed}", a.resume)
     command = _said(["train", a.recipe, "--seed", str(a.seed)], recipe, base)
@@ -177,21 +177,21 @@ def _train(a: argparse.Namespace) -> int:
 def _trust_fit(a: argparse.Namespace) -> int:
     "`nioodd trust fit`: prints what the intervals cost and where the detector is."
     from nioodd.fit import TrustOptions, fit_folder
-    if a.fields: return _print_fields(TrustOptions)
+    if a.fields: return _print_fields(TrustOptions())
     if a.model is None: raise NiooddError("no MODEL was given; expected the folder of a `nioodd train` or `nioodd run`")
     options = with_values(TrustOptions(), a.settings)
     out = a.out or f"{a.model.rstrip('/')}-trust"
     words = ["trust", "fit", Path(a.model).name] + (["--data", a.data] if a.data else [])
     fit = fit_folder(a.model, out, options, data=a.data, root=a.root, device=_device(a.device), details=dict(command=_said(words, options, TrustOptions())))
     last = fit["rows"][-1]
-    print(f"{last['stopped']} ({last['step']}); held-out accuracy {last['original_accuracy']:.2%}, of siblings {last['sibling_accuracy']:.2%}; σ {last['strength']:.2f} × a layer's spread of weights"
+    print(f"{last['stopped']} ({last['step']}); accuracy on {fit['watched']} images {last['original_accuracy']:.2%}, of siblings {last['sibling_accuracy']:.2%}; σ {last['strength']:.2f} × a layer's spread of weights"
           f"\ndetector  {out}")
     return 0
 
 def _trust_compare(a: argparse.Namespace) -> int:
     "`nioodd trust compare`: prints the mean FPR95 (ID positive) of every score on every set."
     from nioodd.compare import compare, format_comparison
-    words = ["nioodd", "trust", "compare", Path(a.detector).name, "--data", a.data, "--ood", a.ood, "--images", str(a.images), "--pool", str(a.pool), "--changes", str(a.changes)]
+    words = ["nioodd", "trust", "compare", Path(a.detector).name, *(["--data", a.data] if a.data else []), "--ood", a.ood, "--images", str(a.images), "--pool", str(a.pool), "--changes", str(a.changes)]
     result = compare(a.detector, a.data, tuple(a.ood.split(",")), a.out, root=a.root, images=a.images, pool=a.pool, changes=a.changes, details=dict(command=shlex.join(words)))
     print(format_comparison(result), f"\n\nfile      {a.out}")
     return 0

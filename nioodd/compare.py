@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from pytorch_ood.detector import ODIN
 from torch import Tensor, nn
-from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from .agreement import MEASURES
@@ -23,7 +22,7 @@ from .errors import NiooddError
 from .garbage import evenly
 from .metrics import accuracy_all, ood_metrics
 from .scores import energy, entropy, max_logit, msp
-from .siblings import Siblings
+from .siblings import Siblings, call_with
 from .train import eval_mode, provenance, write_atomic
 from .trust import TrustIntervalDetector, scales, strength, uniform_sigma
 
@@ -38,7 +37,7 @@ def error_change(
     with eval_mode(model), torch.no_grad():
         y = model(x).argmax(1)
         def errors(t):
-            z = functional_call(model, {k: w + t * direction[k] for k, w in weights.items()}, (x,))
+            z = call_with(model, {k: w + t * direction[k] for k, w in weights.items()}, x)
             return nn.functional.cross_entropy(z, y, reduction="none")
         one = (torch.ones(()).to(x),)
         slope = lambda t: torch.func.jvp(errors, (t,), one)[1]
@@ -114,7 +113,7 @@ def _intervals(model: nn.Module, sigma: dict[str, Tensor], n: int = 24) -> dict[
 
 def compare(
     folder: str | os.PathLike, # Of a saved `TrustIntervalDetector`
-    data: str = "mnist", # ID set; its test images are judged
+    data: str | None = None, # ID set, its test images are judged; None: the one the intervals were learnt on
     ood: tuple[str, ...] = ("fashion_mnist", "cifar10", "cmaterdb", "cmaterdb-inverted"),
     out: str | os.PathLike | None = None, # The JSON file; must not exist
     *,
@@ -128,8 +127,10 @@ def compare(
     progress: bool = True,
 ) -> dict: # `rows`, `accuracy`, `strength`, `intervals`, `error_change` and where it all comes from
     "Measure one network and its intervals. Raises `NiooddError` for a folder or a set that is not there, or a file that is."
+    if pool < 1: raise NiooddError(f"pool is {pool}; expected at least 1 sibling beside the network")
     if out is not None and Path(out).exists(): raise NiooddError(f"{out} exists; give another --out, or delete it to measure anew")
     detector = Detector.load(folder)
+    if data is None: data = json.loads((Path(folder) / "fit.json").read_text())["id_set"] if (Path(folder) / "fit.json").is_file() else "mnist"
     if not isinstance(detector, TrustIntervalDetector): raise NiooddError(f"{folder} holds a {type(detector).__name__}; expected one of `nioodd trust fit`")
     model, learnt = detector.model, detector.siblings.sigma
     shape = {k: model.arguments[k] for k in ("size", "channels")}

@@ -189,7 +189,8 @@ def preset(name: str) -> Config:
     return PRESETS[name][1]
 
 # %% ../nbs/01_config.ipynb #71d466a2
-def field_docs(cls: type = Config) -> list[tuple[str, str, str]]:
-    "(name, default, sentence) of every field of a data class of options, in order."
-    return [(f.name, ", ".join(f.default) if isinstance(f.default, tuple) else str(f.default),
-             f.metadata["doc"] + (f" ({', '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else "")) for f in dataclasses.fields(cls)]
+def field_docs(options=Config()) -> list[tuple[str, str, str]]:
+    "(name, value, sentence) of every field of a data class of options, in order."
+    text = lambda v: ", ".join(v) if isinstance(v, tuple) else str(v)
+    return [(f.name, text(getattr(options, f.name)),
+             f.metadata["doc"] + (f" ({', '.join(map(str, f.metadata['choices']))})" if f.metadata["choices"] else "")) for f in dataclasses.fields(options)]

@@ -8,6 +8,7 @@ __all__ = ['FORMAT', 'as_input', 'network_logits', 'load_weights', 'describe_net
 
 # %% ../nbs/10_detector.ipynb #7fda242d
 import hashlib
+import importlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -112,7 +113,9 @@ def read_detector(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]: # description, tensors
     "Reads a detector's two files. Raises `NiooddError` if one is missing, cut short, of a later format or not of the other."
     path, weights = Path(folder) / "detector.json", Path(folder) / "model.safetensors"
-    if not path.is_file(): raise NiooddError(f"{folder} holds no detector.json; expected a folder written by a detector's save; check the path")
+    if not path.is_file():
+        what = "holds a classifier but no detector; make one with: nioodd trust fit" if path.with_name("model.json").is_file() else "holds no detector.json; expected a folder written by a detector's save; check the path"
+        raise NiooddError(f"{folder} {what}" if path.parent.is_dir() else f"{folder} does not exist; expected the folder of a run or a detector; check the path")
     try: description = json.loads(path.read_text())
     except ValueError: description = None
     missing = {"format", "sha256", "detector", "threshold", "arguments", "network"} - set(description if isinstance(description, dict) else ())
@@ -191,6 +194,7 @@ class Detector(pytorch_ood.api.Detector):
 # %% ../nbs/10_detector.ipynb #7e911b0e
 def detector_class(base: type, name: str) -> type:
     "`base` or the subclass of it that is called `name`; the latest if it was defined twice. Raises `NiooddError` if there is none."
+    importlib.import_module("nioodd.trust")  # so that its detectors are known too
     known, todo = {}, [base]
     while todo:
         c = todo.pop(0)

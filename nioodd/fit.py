@@ -56,16 +56,15 @@ def fit_problem(
     model: nn.Module,
     options: TrustOptions = TrustOptions(),
     progress: bool = True,
-) -> tuple[TrustIntervalDetector, list[dict]]: # With a threshold that keeps 95 % of held-out images, if there are any; and the rows of `learn`
-    "Learn intervals around `model` on the images of a problem, and make the detector."
+) -> tuple[TrustIntervalDetector, list[dict]]: # With a threshold that keeps 95 % of the held-out images, or of the test images if none were held out; and the rows of `learn`
+    "Learn intervals around `model` on the images of a problem, and make the detector. Outputs beyond the known classes (garbage) are left out of the score."
     o, train, held_out = options, problem.train, problem.held_out
     trust = TrustIntervals(model, o.which, o.norm, o.sigma_init, o.sigma_max, o.distribution)
     loader = DataLoader(TensorDataset(train.images, train.labels), o.batch_size, shuffle=True, drop_last=len(train) > o.batch_size)
     rows = trust.fit(loader, None if held_out is None else (held_out.images[:2000], held_out.labels[:2000]), steps=o.steps, seed=o.seed, progress=progress,
                      regulariser=o.regulariser, lambda1=o.lambda1, lambda2=o.lambda2, draws=o.draws, lr=o.lr)
-    classes = [*train.classes, "garbage"][:logits_of(model, train.images[:2]).shape[1]]
-    detector = TrustIntervalDetector(model, trust.sigma(), o.measure, o.members, o.seed, o.distribution, classes=classes)
-    if held_out is not None: detector.threshold(detector.predict(held_out.images))
+    detector = TrustIntervalDetector(model, trust, o.measure, o.members, o.seed, o.distribution, classes=train.classes, n_known=len(train.classes))
+    detector.threshold(detector.predict((problem.test if held_out is None else held_out).images))
     return detector, rows
 
 # %% ../nbs/20_fit.ipynb #240f8dbe
@@ -90,7 +89,8 @@ def fit_folder(
     start = time.perf_counter()
     detector, rows = fit_problem(problem, model.to(device), options, progress)
     fit = dict(details or {}, model=Path(folder).name, **{f"model_{k}": info.get(k) for k in ("seed", "commit", "command", "sha256", "accuracy")}, data=problem.train.name,
-               options=asdict(options), threshold_from=problem.held_out.name if problem.held_out is not None else None, rows=rows, seconds=time.perf_counter() - start, **provenance(device))
+               options=asdict(options), id_set=data or (info["recipe"]["data"] if "recipe" in info else info["config"]["id_set"]),
+               watched="held-out" if problem.held_out is not None else "training", threshold_from=f"{problem.train.name} ({'held-out' if problem.held_out is not None else 'test'} images)", rows=rows, seconds=time.perf_counter() - start, **provenance(device))
     detector.save(out)
     write_atomic(out / "fit.json", json.dumps(fit, indent=1) + "\n")
     return fit
@@ -112,7 +112,6 @@ def beside_run(
     start = time.perf_counter()
     detector, rows = fit_problem(problem, model.to(memory_format=torch.channels_last).eval(), TrustOptions(steps=max(1, config.trust_steps), seed=config.seed), progress)
     scores = {s.name: detector.predict(s.images) for s in tqdm([problem.test, *problem.ood.values()], desc="judging trust intervals", disable=not progress, leave=False)}
-    if problem.held_out is None: detector.threshold(scores[problem.test.name])
     detector.save(folder / "trust")
     z = logits_of(model, problem.test.images)
     row = dict(id=dict(accuracy_known=known_accuracy(z, problem.test.labels), images=len(z)), strength=rows[-1]["strength"],

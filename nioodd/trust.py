@@ -354,22 +354,23 @@ class TrustIntervalDetector(Detector):
 
     def __init__(self,
         model: nn.Module, # Images → logits [B, K]
-        sigma: dict[str, Tensor] | None = None, # From `TrustIntervals.sigma` or `uniform_sigma`; None: comes with `restore`
+        sigma: "TrustIntervals | dict[str, Tensor] | None" = None, # Or σ by name, as of `uniform_sigma`; None: comes with `restore`
         measure: str = "disagreement_sum", # One of `nioodd.agreement.MEASURES`
         n: int = 2, # Siblings, S; the first is the network itself
         seed: int = 0, # Of the draw
         distribution: str = "gaussian", # Of ε, one of `nioodd.siblings.DISTRIBUTIONS`
         threshold: float | None = None, # A score above it is OOD; None: not set yet
-        classes: list[str] | None = None, # Names of the network's K outputs; None: "0", "1", ...
+        classes: list[str] | None = None, # Names of the known classes; None: "0", "1", ...
+        n_known: int | None = None, # Outputs that stand for known classes, the first ones; None: all. One less than K with a garbage class
     ):
         super().__init__(model, threshold)
         _at_least("n", n, 2, "agreement is between siblings")
-        self.classes = list(classes) if classes is not None else None
+        self.classes, self.n_known = list(classes) if classes is not None else None, n_known
         self.measure, self.n, self.seed, self.distribution, self._score = measure, n, seed, distribution, measure_named(measure)
         self.siblings: Siblings | None = None
-        if sigma is not None: self.restore(sigma)
+        if sigma is not None: self.restore(sigma.sigma() if isinstance(sigma, TrustIntervals) else sigma)
 
-    def arguments(self) -> dict[str, Any]: return dict(measure=self.measure, n=self.n, seed=self.seed, distribution=self.distribution, classes=self.classes)
+    def arguments(self) -> dict[str, Any]: return dict(measure=self.measure, n=self.n, seed=self.seed, distribution=self.distribution, classes=self.classes, n_known=self.n_known)
     def learnt(self) -> dict[str, Tensor]: return dict(self._drawn().sigma)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -389,12 +390,12 @@ class TrustIntervalDetector(Detector):
 
     def predict(self, x: Tensor) -> Tensor: # [B, C, H, W], see `as_input` → float64 [B], on the network's device
         "Scores of images: higher = more OOD."
-        return self._score(self.sibling_logits(x))
+        return self._score(self.sibling_logits(x)[..., :self.n_known])
 
     def verdict(self, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
         """What to tell a user of each image, from one pass of the siblings; all [B]:
 
         `label` int64, the likeliest class by the network itself; `uncertainty` float64 in [0, 1], U of the siblings' mean; `score` float64; `ood` bool."""
-        z = self.sibling_logits(x)
+        z = self.sibling_logits(x)[..., :self.n_known]
         score = self._score(z)
         return dict(label=z[0].argmax(1), uncertainty=uncertainty(log_probabilities(z)[1]), score=score, ood=self.rejects(score))

@@ -195,7 +195,7 @@ def damage(folder, how):
 
 
 @pytest.mark.parametrize("how, word", [
-    ("no folder", "no detector.json"), ("no json", "no detector.json"), ("no weights", "does not exist"), ("json cut short", "detector.json lacks"),
+    ("no folder", "does not exist"), ("no json", "no detector.json"), ("no weights", "does not exist"), ("json cut short", "detector.json lacks"),
     ("json of something else", "detector.json lacks"), ("weights cut short", "cannot be read"), ("weights empty", "cannot be read"), ("one bit", "checksum"),
     ("later format", "format 99"), ("unknown kind", "did you mean 'GarbageDetector'"), ("unknown argument", "n_unknown"), ("other size", "do not fit")])
 def test_damaged_files(detector, tmp_path, how, word):

@@ -2,7 +2,9 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 from nioodd.cli import main
 from nioodd.config import Config, with_values
@@ -96,7 +98,7 @@ def test_a_run_shows_both_methods(tmp_path):
     assert table[1]["auroc_trust"] == row["ood"]["letters"]["auroc"] and table[1]["detected_trust"] is None and table[0]["accuracy_known_trust"] > 0
     assert "trust intervals round the network of round 0" in format_table(table) and " · " in format_table(table, "md")
     assert "In italics: trust intervals" in write_report(tmp_path / "run", progress=False).read_text()
-    assert Detector.load(tmp_path / "run/trust").classes[-1] == "garbage"
+    assert Detector.load(tmp_path / "run/trust").classes == list("0123456789")
     assert beside_run(tmp_path / "run", progress=False) == row                          # not learnt twice
 
 
@@ -105,4 +107,30 @@ def test_fit_of_a_run_uses_its_images(tmp_path):
               "validation_sets=photos"]
     run(with_values(Config(), values), tmp_path / "run", progress=False)
     fit = fit_folder(tmp_path / "run", tmp_path / "guard", TrustOptions(steps=3), progress=False)
-    assert fit["data"] == "digits5k" and fit["threshold_from"] == "digits5k"
+    assert fit["data"] == "digits5k" and fit["threshold_from"] == "digits5k (held-out images)" and fit["watched"] == "held-out"
+
+
+def test_garbage_for_certain_is_not_known():
+    "Siblings that agree on garbage must not be taken for siblings that know the image."
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with torch.no_grad():
+        net[1].weight.zero_()
+        net[1].weight[2, 0], net[1].weight[0, 1] = 50, 50  # first pixel: garbage; second: class 0
+    x = torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]]).view(2, 1, 2, 2)
+    sigma = {"1.weight": torch.full((3, 4), 0.1)}
+    all_outputs, known = TrustIntervalDetector(net, sigma).predict(x), TrustIntervalDetector(net, sigma, n_known=2).predict(x)
+    assert known[0] > known[1] + 10 and all_outputs[0] < known[0] - 10
+
+
+def test_a_run_without_held_out_images_gets_a_threshold(tmp_path, capsys):
+    values = ["id_set=digits5k", "ood_sets=letters", "ood_split=test", "size=12", "train_images=600", "rounds=0"]
+    run(with_values(Config(), values), tmp_path / "run", progress=False)
+    fit = fit_folder(tmp_path / "run", tmp_path / "guard", TrustOptions(steps=3), progress=False)
+    assert "test images" in fit["threshold_from"] and fit["watched"] == "training"
+    assert Detector.load(tmp_path / "guard").is_ood(load("uniform", n=20, size=12, channels=1).images).shape == (20,)
+
+
+def test_other_kinds_of_folder_are_told_apart(plain, guard, tmp_path, capsys):
+    assert "nioodd trust fit" in error(capsys, "score", plain, plain / "model.json")
+    assert "does not exist" in error(capsys, "score", tmp_path / "no", plain / "model.json")
+    assert "pool" in error(capsys, "trust", "compare", guard, "--pool", "0", "--out", tmp_path / "x.json")
