@@ -152,6 +152,7 @@ def _run(a: argparse.Namespace) -> int:
     page = write_report(out)
     print(format_table(before_after(out), "text"))
     print(f"\nround {info['best_round']} kept, {info['seconds']:.0f} s\nreport    {page}\npictures  {out / 'pictures'}\ndetector  nioodd score {shlex.quote(str(out))} IMAGE…")
+    if c.trust_steps: print(f"          nioodd score {shlex.quote(str(out / 'trust'))} IMAGE…")
     return 0
 
 # %% ../nbs/22_cli.ipynb #8fcc6081

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from .agreement import MEASURES
 from .data import load, to_input
-from .detector import Detector
 from .errors import NiooddError
 from .garbage import evenly
 from .metrics import accuracy_all, ood_metrics
@@ -129,9 +128,8 @@ def compare(
     "Measure one network and its intervals. Raises `NiooddError` for a folder or a set that is not there, or a file that is."
     if pool < 1: raise NiooddError(f"pool is {pool}; expected at least 1 sibling beside the network")
     if out is not None and Path(out).exists(): raise NiooddError(f"{out} exists; give another --out, or delete it to measure anew")
-    detector = Detector.load(folder)
+    detector = TrustIntervalDetector.load(folder)
     if data is None: data = json.loads((Path(folder) / "fit.json").read_text())["id_set"] if (Path(folder) / "fit.json").is_file() else "mnist"
-    if not isinstance(detector, TrustIntervalDetector): raise NiooddError(f"{folder} holds a {type(detector).__name__}; expected one of `nioodd trust fit`")
     model, learnt = detector.model, detector.siblings.sigma
     shape = {k: model.arguments[k] for k in ("size", "channels")}
     test = load(data, "test", root=root, **shape)
@@ -141,7 +139,7 @@ def compare(
     result = dict(details or {}, folder=Path(folder).name, data=test.name, seed=seed, strength=share, images={o: len(s) for o, s in sets.items()}, intervals=_intervals(model, learnt), rows=[], accuracy={}, error_change={}, **provenance())
     for noise, sigma in dict(learnt=learnt, untrained=untrained).items():
         siblings, z = Siblings(model, sigma, 1 + pool, seed, detector.distribution), {}
-        for o in tqdm(sets, desc=f"siblings, {noise}", disable=not progress): z[o] = _sibling_logits(siblings, sets[o].images)
+        for o in tqdm(sets, desc=f"siblings, {noise}", disable=not progress): z[o] = _sibling_logits(siblings, sets[o].images)[..., :detector.n_known]
         if noise == "learnt": result["rows"] += plain_rows(model, {o: v[0] for o, v in z.items()}, {o: s.images for o, s in sets.items()})
         result["rows"] += score_rows(z, sizes, noise=noise)
         result["accuracy"][noise] = [accuracy_all(v, test.labels) for v in z[test.name]]

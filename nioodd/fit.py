@@ -58,12 +58,14 @@ def fit_problem(
     progress: bool = True,
 ) -> tuple[TrustIntervalDetector, list[dict]]: # With a threshold that keeps 95 % of the held-out images, or of the test images if none were held out; and the rows of `learn`
     "Learn intervals around `model` on the images of a problem, and make the detector. Outputs beyond the known classes (garbage) are left out of the score."
-    o, train, held_out = options, problem.train, problem.held_out
+    o, train, held_out, n = options, problem.train, problem.held_out, problem.n_known
+    if (outputs := logits_of(model, train.images[:2]).shape[1]) not in (n, n + 1):
+        raise NiooddError(f"the network has {outputs} outputs, but {train.name} has {n} classes; expected as many, or one more for garbage; give the set it was trained on with --data")
     trust = TrustIntervals(model, o.which, o.norm, o.sigma_init, o.sigma_max, o.distribution)
     loader = DataLoader(TensorDataset(train.images, train.labels), o.batch_size, shuffle=True, drop_last=len(train) > o.batch_size)
     rows = trust.fit(loader, None if held_out is None else (held_out.images[:2000], held_out.labels[:2000]), steps=o.steps, seed=o.seed, progress=progress,
                      regulariser=o.regulariser, lambda1=o.lambda1, lambda2=o.lambda2, draws=o.draws, lr=o.lr)
-    detector = TrustIntervalDetector(model, trust, o.measure, o.members, o.seed, o.distribution, classes=train.classes, n_known=len(train.classes))
+    detector = TrustIntervalDetector(model, trust, o.measure, o.members, o.seed, o.distribution, classes=train.classes, n_known=n)
     detector.threshold(detector.predict((problem.test if held_out is None else held_out).images))
     return detector, rows
 
@@ -84,7 +86,7 @@ def fit_folder(
     if out.is_dir() and any(out.iterdir()): raise NiooddError(f"{out} is not empty; give the name of a new folder to --out")
     model, info = load_classifier(folder)
     if "recipe" in info: problem = recipe_data(Recipe(**info["recipe"] | (dict(data=data) if data else {})), root)
-    elif "config" in info: problem = load_problem(replace(from_dict(info["config"]), ood_sets=(), **(dict(id_set=data) if data else {})), root)
+    elif "config" in info: problem = load_problem(replace(from_dict(info["config"]), ood_sets=(), validation_sets=(), **(dict(id_set=data) if data else {})), root)
     else: raise NiooddError(f"{folder} does not say what its network was trained on; expected the folder of a `nioodd train` or `nioodd run`; use nioodd.trust.TrustIntervals from Python")
     start = time.perf_counter()
     detector, rows = fit_problem(problem, model.to(device), options, progress)

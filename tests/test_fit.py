@@ -10,8 +10,10 @@ from nioodd.cli import main
 from nioodd.config import Config, with_values
 from nioodd.data import load
 from nioodd.detector import Detector
-from nioodd.fit import TrustOptions, beside_run, fit_folder
-from nioodd.garbage import run
+from nioodd.errors import NiooddError
+from nioodd.fit import TrustOptions, beside_run, fit_folder, fit_problem
+from nioodd.garbage import load_problem, run
+from nioodd.recipes import load_classifier
 from nioodd.report import before_after, format_table, write_report
 from nioodd.trust import TrustIntervalDetector
 
@@ -134,3 +136,12 @@ def test_other_kinds_of_folder_are_told_apart(plain, guard, tmp_path, capsys):
     assert "nioodd trust fit" in error(capsys, "score", plain, plain / "model.json")
     assert "does not exist" in error(capsys, "score", tmp_path / "no", plain / "model.json")
     assert "pool" in error(capsys, "trust", "compare", guard, "--pool", "0", "--out", tmp_path / "x.json")
+
+
+def test_a_set_of_another_class_count_is_refused(plain, tmp_path):
+    for k in range(3):
+        for part in ("train", "test"):
+            (tmp_path / "mine" / part / str(k)).mkdir(parents=True)
+            for i in range(4): Image.effect_noise((14, 14), 20 + i).save(tmp_path / "mine" / part / str(k) / f"{i}.png")
+    with pytest.raises(NiooddError, match="10 outputs, but folder:mine has 3 classes"):
+        fit_problem(load_problem(with_values(Config(), [f"id_set=folder:{tmp_path / 'mine'}", "ood_sets=", "size=14"])), load_classifier(plain)[0], progress=False)
