@@ -392,10 +392,13 @@ class TrustIntervalDetector(Detector):
         "Scores of images: higher = more OOD."
         return self._score(self.sibling_logits(x)[..., :self.n_known])
 
-    def verdict(self, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
-        """What to tell a user of each image, from one pass of the siblings; all [B]:
+# %% ../nbs/15_trust.ipynb #af55fd02
+def _verdict(self: TrustIntervalDetector, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
+    """What to tell a user of each image, from one pass of the siblings; all [B]:
 
-        `label` int64, the likeliest class by the network itself; `uncertainty` float64 in [0, 1], U of the siblings' mean; `score` float64; `ood` bool."""
-        z = self.sibling_logits(x)[..., :self.n_known]
-        score = self._score(z)
-        return dict(label=z[0].argmax(1), uncertainty=uncertainty(log_probabilities(z)[1]), score=score, ood=self.rejects(score))
+    `label` int64, the likeliest class by the network itself; `uncertainty` float64 in [0, 1], U of the siblings' mean; `score` float64; `ood` bool."""
+    z = self.sibling_logits(x)[..., :self.n_known]
+    score = self._score(z)
+    return dict(label=z[0].argmax(1), uncertainty=uncertainty(log_probabilities(z)[1]), score=score, ood=self.rejects(score))
+
+TrustIntervalDetector.verdict = _verdict
