@@ -88,15 +88,13 @@ def plain_rows(model: nn.Module, logits: dict[str, Tensor], images: dict[str, Te
     return [dict(noise="none", score=name, members=1, draw=0, ood=o, **ood_metrics(s[first], s[o])) for name, s in scores.items() for o in rest]
 
 # %% ../nbs/21_compare.ipynb #a219e2b0
-def _sibling_logits(siblings: Siblings, images: Tensor, batch_size: int = 500) -> Tensor: # uint8 [N, C, H, W] → [S, N, K]
-    return torch.cat([siblings.logits(to_input(b)) for b in images.split(batch_size)], 1)
-
 def _histogram(values: Tensor, low: float = -12.0, high: float = 6.0, bins: int = 72) -> list[int]: # Of log10, clamped to the ends
     return torch.histc(values.clamp_min(1e-300).log10().clamp(low, high), bins, low, high).int().tolist()
 
 def _changes(model: nn.Module, sigma: dict[str, Tensor], images: Tensor, seed: int) -> list[int]:
     one = Siblings(model, sigma, 1, seed, original=False).weights(0)
-    direction = {k: w - p.detach() for (k, p), w in ((kp, one[kp[0]]) for kp in model.named_parameters() if kp[0] in one)}
+    own = dict(model.named_parameters())
+    direction = {k: w - own[k].detach() for k, w in one.items()}
     return _histogram(torch.cat([error_change(model, direction, to_input(b)) for b in images.split(250)]).abs())
 
 def _intervals(model: nn.Module, sigma: dict[str, Tensor], n: int = 24) -> dict[str, dict]:
@@ -110,6 +108,12 @@ def _intervals(model: nn.Module, sigma: dict[str, Tensor], n: int = 24) -> dict[
         out[k] = dict(scale=scale[k], quantiles=q.tolist(), weight=weights[k].detach().flatten()[some].tolist(), sigma=flat[some].tolist())
     return out
 
+def _id_set(folder: Path) -> str:
+    "The ID set that fit.json names. Raises `NiooddError` if it does not."
+    try: return json.loads((folder / "fit.json").read_text(encoding="utf-8"))["id_set"]
+    except (OSError, ValueError, KeyError): raise NiooddError(f"{folder} has no fit.json that names its ID set; expected the folder of a `nioodd trust fit`; name the set with --data") from None
+
+# %% ../nbs/21_compare.ipynb #5b968b94
 def compare(
     folder: str | os.PathLike, # Of a saved `TrustIntervalDetector`
     data: str | None = None, # ID set, its test images are judged; None: the one the intervals were learnt on
@@ -129,7 +133,7 @@ def compare(
     if pool < 1: raise NiooddError(f"pool is {pool}; expected at least 1 sibling beside the network")
     if out is not None and Path(out).exists(): raise NiooddError(f"{out} exists; give another --out, or delete it to measure anew")
     detector = TrustIntervalDetector.load(folder)
-    if data is None: data = json.loads((Path(folder) / "fit.json").read_text())["id_set"] if (Path(folder) / "fit.json").is_file() else "mnist"
+    if data is None: data = _id_set(Path(folder))
     model, learnt = detector.model, detector.siblings.sigma
     shape = {k: model.arguments[k] for k in ("size", "channels")}
     test = load(data, "test", root=root, **shape)
@@ -138,8 +142,8 @@ def compare(
     untrained = {k: s for k, s in uniform_sigma(model, share, norm=True).items() if k in learnt}
     result = dict(details or {}, folder=Path(folder).name, data=test.name, seed=seed, strength=share, images={o: len(s) for o, s in sets.items()}, intervals=_intervals(model, learnt), rows=[], accuracy={}, error_change={}, **provenance())
     for noise, sigma in dict(learnt=learnt, untrained=untrained).items():
-        siblings, z = Siblings(model, sigma, 1 + pool, seed, detector.distribution), {}
-        for o in tqdm(sets, desc=f"siblings, {noise}", disable=not progress): z[o] = _sibling_logits(siblings, sets[o].images)[..., :detector.n_known]
+        drawn = TrustIntervalDetector(model, sigma, n=1 + pool, seed=seed, distribution=detector.distribution)
+        z = {o: drawn.sibling_logits(s.images)[..., :detector.n_known] for o, s in tqdm(sets.items(), desc=f"siblings, {noise}", disable=not progress)}
         if noise == "learnt": result["rows"] += plain_rows(model, {o: v[0] for o, v in z.items()}, {o: s.images for o, s in sets.items()})
         result["rows"] += score_rows(z, sizes, noise=noise)
         result["accuracy"][noise] = [accuracy_all(v, test.labels) for v in z[test.name]]

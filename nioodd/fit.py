@@ -56,7 +56,7 @@ def fit_problem(
     model: nn.Module,
     options: TrustOptions = TrustOptions(),
     progress: bool = True,
-) -> tuple[TrustIntervalDetector, list[dict]]: # With a threshold that keeps 95 % of the held-out images, or of the test images if none were held out; and the rows of `learn`
+) -> tuple[TrustIntervalDetector, list[dict]]: # Without a threshold yet; and the rows of `learn`
     "Learn intervals around `model` on the images of a problem, and make the detector. Outputs beyond the known classes (garbage) are left out of the score."
     o, train, held_out, n = options, problem.train, problem.held_out, problem.n_known
     if (outputs := logits_of(model, train.images[:2]).shape[1]) not in (n, n + 1):
@@ -65,9 +65,7 @@ def fit_problem(
     loader = DataLoader(TensorDataset(train.images, train.labels), o.batch_size, shuffle=True, drop_last=len(train) > o.batch_size)
     rows = trust.fit(loader, None if held_out is None else (held_out.images[:2000], held_out.labels[:2000]), steps=o.steps, seed=o.seed, progress=progress,
                      regulariser=o.regulariser, lambda1=o.lambda1, lambda2=o.lambda2, draws=o.draws, lr=o.lr)
-    detector = TrustIntervalDetector(model, trust, o.measure, o.members, o.seed, o.distribution, classes=train.classes, n_known=n)
-    detector.threshold(detector.predict((problem.test if held_out is None else held_out).images))
-    return detector, rows
+    return TrustIntervalDetector(model, trust, o.measure, o.members, o.seed, o.distribution, classes=train.classes, n_known=n), rows
 
 # %% ../nbs/20_fit.ipynb #240f8dbe
 def fit_folder(
@@ -81,7 +79,9 @@ def fit_folder(
     details: dict | None = None, # More for fit.json: command
     progress: bool = True,
 ) -> dict: # fit.json: options, rows, where network and figures come from
-    "Learn trust intervals for the network in `folder` and leave the detector and fit.json in `out`; all of it or nothing is written."
+    """Learn trust intervals for the network in `folder` and leave the detector and fit.json in `out`; nothing is written before all is learnt.
+
+    The threshold keeps 95 % of the held-out images, or of the test images if none were held out."""
     out = Path(out)
     if out.is_dir() and any(out.iterdir()): raise NiooddError(f"{out} is not empty; give the name of a new folder to --out")
     model, info = load_classifier(folder)
@@ -90,6 +90,7 @@ def fit_folder(
     else: raise NiooddError(f"{folder} does not say what its network was trained on; expected the folder of a `nioodd train` or `nioodd run`; use nioodd.trust.TrustIntervals from Python")
     start = time.perf_counter()
     detector, rows = fit_problem(problem, model.to(device), options, progress)
+    detector.threshold(detector.predict((problem.test if problem.held_out is None else problem.held_out).images))
     fit = dict(details or {}, model=Path(folder).name, **{f"model_{k}": info.get(k) for k in ("seed", "commit", "command", "sha256", "accuracy")}, data=problem.train.name,
                options=asdict(options), id_set=data or (info["recipe"]["data"] if "recipe" in info else info["config"]["id_set"]),
                watched="held-out" if problem.held_out is not None else "training", threshold_from=f"{problem.train.name} ({'held-out' if problem.held_out is not None else 'test'} images)", rows=rows, seconds=time.perf_counter() - start, **provenance(device))
@@ -113,11 +114,13 @@ def beside_run(
     load_weights(model, tensors)
     start = time.perf_counter()
     detector, rows = fit_problem(problem, model.to(memory_format=torch.channels_last).eval(), TrustOptions(steps=max(1, config.trust_steps), seed=config.seed), progress)
-    scores = {s.name: detector.predict(s.images) for s in tqdm([problem.test, *problem.ood.values()], desc="judging trust intervals", disable=not progress, leave=False)}
+    z = detector.sibling_logits(problem.test.images)
+    known = detector.predict_logits(z)
+    detector.threshold(known if problem.held_out is None else detector.predict(problem.held_out.images))
     detector.save(folder / "trust")
-    z = logits_of(model, problem.test.images)
-    row = dict(id=dict(accuracy_known=known_accuracy(z, problem.test.labels), images=len(z)), strength=rows[-1]["strength"],
-               ood={name: ood_metrics(scores[problem.test.name], scores[name]) | dict(images=len(s)) for name, s in problem.ood.items()},
+    sets = tqdm(problem.ood.items(), desc="judging trust intervals", disable=not progress, leave=False)
+    row = dict(id=dict(accuracy_known=known_accuracy(z[0], problem.test.labels), images=len(known)), strength=rows[-1]["strength"],
+               ood={name: ood_metrics(known, detector.predict(s.images)) | dict(images=len(s)) for name, s in sets},
                seconds=time.perf_counter() - start)
     write_atomic(folder / "run.json", json.dumps(info | dict(trust=row), indent=1))
     return row

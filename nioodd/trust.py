@@ -159,6 +159,7 @@ def _inverse_softplus(s: Tensor) -> Tensor: return s + torch.log(-torch.expm1(-s
 def _at_least(name: str, value: float, least: float, why: str) -> None:
     if not value >= least: raise NiooddError(f"{name} is {value}; expected at least {least}; {why}")
 
+# %% ../nbs/15_trust.ipynb #269521af
 class TrustIntervals:
     """Intervals σ = log(1 + e^ρ) around the weights of any classifier (paper 2, §2.1–2.2); the network itself is never changed.
 
@@ -302,11 +303,14 @@ def _first(loader: Iterable, model: nn.Module, device) -> int: # K; the loader a
     return z.shape[1]
 
 def _cycled(loader: Iterable) -> Iterator:
-    while True: yield from loader
+    while True:
+        batch = None
+        for batch in loader: yield batch
+        if batch is None: raise NiooddError("the loader gives no batch when it is gone through again; expected one that can be, such as a DataLoader; a generator cannot: make a list of it, or fewer steps")
 
 def _warn(row: dict, options: dict) -> None:
     if (lost := row["original_accuracy"] - row["sibling_accuracy"]) > ACCURACY_TO_LOSE:
-        warnings.warn(f"siblings lose {100 * lost:.1f} points of accuracy on held-out images ({row['original_accuracy']:.1%} to {row['sibling_accuracy']:.1%}); expected at most "
+        warnings.warn(f"siblings lose {100 * lost:.1f} points of accuracy on the ID images watched ({row['original_accuracy']:.1%} to {row['sibling_accuracy']:.1%}); expected at most "
                       f"{100 * ACCURACY_TO_LOSE:.1f}; lower lambda2 (it is {options.get('lambda2', 0.02)}), sigma_init or sigma_max, or learn for more steps if they are still gaining", stacklevel=4)
 
 # %% ../nbs/15_trust.ipynb #66eee4fa
@@ -388,9 +392,13 @@ class TrustIntervalDetector(Detector):
         device = next(self.model.parameters()).device
         return torch.cat([self._drawn().logits(as_input(b.to(device)).contiguous(memory_format=torch.channels_last)) for b in x.split(batch_size)], 1)
 
+    def predict_logits(self, logits: Tensor) -> Tensor: # [S, B, K] → float64 [B]
+        "Scores from the siblings' logits, of the known classes only."
+        return self._score(logits[..., :self.n_known])
+
     def predict(self, x: Tensor) -> Tensor: # [B, C, H, W], see `as_input` → float64 [B], on the network's device
         "Scores of images: higher = more OOD."
-        return self._score(self.sibling_logits(x)[..., :self.n_known])
+        return self.predict_logits(self.sibling_logits(x))
 
 # %% ../nbs/15_trust.ipynb #af55fd02
 def _verdict(self: TrustIntervalDetector, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
@@ -398,7 +406,7 @@ def _verdict(self: TrustIntervalDetector, x: Tensor) -> dict[str, Tensor]: # x [
 
     `label` int64, the likeliest class by the network itself; `uncertainty` float64 in [0, 1], U of the siblings' mean; `score` float64; `ood` bool."""
     z = self.sibling_logits(x)[..., :self.n_known]
-    score = self._score(z)
+    score = self.predict_logits(z)
     return dict(label=z[0].argmax(1), uncertainty=uncertainty(log_probabilities(z)[1]), score=score, ood=self.rejects(score))
 
 TrustIntervalDetector.verdict = _verdict

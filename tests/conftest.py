@@ -1,9 +1,12 @@
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
+
+from nioodd import train
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tests' tensors are tiny: two threads are no faster, and on a busy machine far slower
@@ -25,3 +28,21 @@ def no_data(monkeypatch, tmp_path) -> Path:
     (work := tmp_path/"work").mkdir()
     monkeypatch.chdir(work)
     return work
+
+
+@pytest.fixture
+def dies_before(monkeypatch):
+    "dies_before(stop, *modules): a context in which the process \"dies\" (SystemExit) just before it would write its file number `stop`."
+    @contextmanager
+    def context(stop, *modules):
+        count, real = 0, train.write_atomic
+
+        def dies(path, content):
+            nonlocal count
+            count += 1
+            if count == stop: raise SystemExit("killed")
+            return real(path, content)
+        with monkeypatch.context() as patch:
+            for module in (train, *modules): patch.setattr(module, "write_atomic", dies)
+            yield
+    return context

@@ -1,5 +1,6 @@
 """The second method from the command line: train, fit, compare, score, and beside the loop."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from nioodd.fit import TrustOptions, beside_run, fit_folder, fit_problem
 from nioodd.garbage import load_problem, run
 from nioodd.recipes import load_classifier
 from nioodd.report import before_after, format_table, write_report
-from nioodd.trust import TrustIntervalDetector
+from nioodd.trust import TrustIntervalDetector, TrustIntervals
 
 SMALL = ["--data", "digits5k", "--epochs", "1", "--set", "size=14", "--set", "validation_images=500"]
 
@@ -136,6 +137,9 @@ def test_other_kinds_of_folder_are_told_apart(plain, guard, tmp_path, capsys):
     assert "nioodd trust fit" in error(capsys, "score", plain, plain / "model.json")
     assert "does not exist" in error(capsys, "score", tmp_path / "no", plain / "model.json")
     assert "pool" in error(capsys, "trust", "compare", guard, "--pool", "0", "--out", tmp_path / "x.json")
+    shutil.copytree(guard, tmp_path / "damaged")
+    (tmp_path / "damaged/fit.json").write_text("{")
+    assert "--data" in error(capsys, "trust", "compare", tmp_path / "damaged", "--out", tmp_path / "x.json")
 
 
 def test_a_set_of_another_class_count_is_refused(plain, tmp_path):
@@ -145,3 +149,10 @@ def test_a_set_of_another_class_count_is_refused(plain, tmp_path):
             for i in range(4): Image.effect_noise((14, 14), 20 + i).save(tmp_path / "mine" / part / str(k) / f"{i}.png")
     with pytest.raises(NiooddError, match="10 outputs, but folder:mine has 3 classes"):
         fit_problem(load_problem(with_values(Config(), [f"id_set=folder:{tmp_path / 'mine'}", "ood_sets=", "size=14"])), load_classifier(plain)[0], progress=False)
+
+
+def test_a_loader_that_ends_is_told(plain):
+    net, digits = load_classifier(plain)[0], load("digits5k", "train", size=14, n=40)
+    batches = ((digits.images[i:i + 10], digits.labels[i:i + 10]) for i in range(0, 40, 10))
+    held_out = digits.images, digits.labels
+    with pytest.raises(NiooddError, match="gone through again"): TrustIntervals(net).fit(batches, held_out, steps=9, progress=False)

@@ -106,20 +106,11 @@ def test_seeds_differ_and_repeat(recipe, tmp_path):
 
 @pytest.mark.parametrize("name, values", [("C1", {}), ("C3", dict(optimiser="sgd", lr=0.05, weight_decay=5e-4, flip=True, precision="float32")), ("C4", dict(weight_decay=0.01))])
 @pytest.mark.parametrize("stop", (2, 3, 4, 11, 15, 16))
-def test_resume_from_any_file_is_bit_identical(recipe, tmp_path, monkeypatch, name, values, stop):
+def test_resume_from_any_file_is_bit_identical(recipe, tmp_path, dies_before, name, values, stop):
     "The process dies just before the file with that number would be written: dropout, momentum, augmentation and step size go on as if nothing had been."
     recipe = dataclasses.replace(recipe, architecture=name, channels=1, **values)
     train_classifier(recipe, tmp_path / "whole", progress=False)
-    count, real = 0, train.write_atomic
-
-    def dies(path, content):
-        nonlocal count
-        count += 1
-        if count == stop: raise SystemExit("killed")
-        return real(path, content)
-    for module in (train, recipes): monkeypatch.setattr(module, "write_atomic", dies)
-    with pytest.raises(SystemExit): train_classifier(recipe, tmp_path / "part", progress=False)
-    monkeypatch.undo()
+    with dies_before(stop, recipes), pytest.raises(SystemExit): train_classifier(recipe, tmp_path / "part", progress=False)
     with pytest.raises(NiooddError, match="unfinished training.*--resume"): load_classifier(tmp_path / "part")
     train_classifier(recipe, tmp_path / "part", resume=True, progress=False)
     same(tmp_path / "whole", tmp_path / "part")

@@ -54,20 +54,12 @@ def same_files(a: Path, b: Path, rounds: int):
 # --- resume --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stop", (3, 8, 10, 13))
-def test_resume_from_any_file_is_bit_identical(problem, config, tmp_path, monkeypatch, stop):
+def test_resume_from_any_file_is_bit_identical(problem, config, tmp_path, dies_before, stop):
     "The process dies just before the file with that number would be written, is resumed, and ends as an uninterrupted run."
     whole = run(config, tmp_path / "whole", problem=problem, progress=False)
-    count, real = 0, train.write_atomic
-
-    def dies(path, content):
-        nonlocal count
-        count += 1
-        if count == stop: raise SystemExit("killed")
-        return real(path, content)
-    for module in (train, garbage): monkeypatch.setattr(module, "write_atomic", dies)
-    try: run(config, tmp_path / "part", problem=problem, progress=False)
-    except SystemExit: pass
-    monkeypatch.undo()
+    with dies_before(stop, garbage):
+        try: run(config, tmp_path / "part", problem=problem, progress=False)
+        except SystemExit: pass
     part = run(config, tmp_path / "part", problem=problem, resume=True, progress=False)
     same_files(tmp_path / "whole", tmp_path / "part", config.rounds)
     assert part["after"] == whole["after"] and part["before"] == whole["before"]
