@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'NETWORKS', 'fitting', 'block', 'Classifier', 'forward_flops', 'he_initialise', 'Architecture',
            'n_parameters', 'ShallowCNN', 'VGG16', 'conv_norm', 'Residual', 'ResNet20', 'BlockCNN', 'DenseLayer',
-           'DenseNet100', 'architecture', 'logits_and_features']
+           'DenseNet100', 'architecture', 'logits_and_layers', 'logits_and_features']
 
 # %% ../nbs/03_models.ipynb #1b25e006
 import torch
@@ -198,6 +198,23 @@ def architecture(
     return ARCHITECTURES[name](n_outputs, **given)
 
 # %% ../nbs/03_models.ipynb #10e82151
+def logits_and_layers(
+    model: nn.Module, # Any classifier: images → logits [N, K]
+    x: Tensor, # Images as the model takes them
+) -> tuple[Tensor, list[tuple[nn.Module, Tensor]]]: # Logits [N, K]; the last two linear or convolutional layers that ran, in their order, each with its input
+    "One forward pass that notes which layers ran last. Raises `NiooddError` if the model has no such layer or does not return a tensor [N, K]."
+    seen = []
+    def note(layer, args): seen[:] = [*seen, (layer, args[0])][-2:]
+    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    try: logits = model(x)
+    finally:
+        for h in hooks: h.remove()
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+        what = f"a tensor of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise NiooddError(f"the classifier returned {what} for {len(x)} images; expected logits [N, K]; wrap it so that it returns them")
+    if not seen: raise NiooddError(f"{type(model).__name__} has no linear or convolutional layer; its features are unknown; wrap its output in one")
+    return logits, seen
+
 def logits_and_features(
     model: nn.Module, # Any classifier: images → logits [N, K]
     x: Tensor, # Images as the model takes them
@@ -210,14 +227,6 @@ def logits_and_features(
     if isinstance(model, Classifier):
         features = model.features(x)
         return model.head(model.dropout(features)), features
-    seen = []
-    def note(_, args): seen[:] = args[:1]
-    hooks = [m.register_forward_pre_hook(note) for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    try: logits = model(x)
-    finally:
-        for h in hooks: h.remove()
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
-        what = f"a tensor of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise NiooddError(f"the classifier returned {what} for {len(x)} images; expected logits [N, K]; wrap it so that it returns them")
-    if not seen: raise NiooddError(f"{type(model).__name__} has no linear or convolutional layer; its features are unknown; wrap its output in one")
-    return logits, seen[0].mean((-2, -1)) if seen[0].ndim == 4 else seen[0]
+    logits, seen = logits_and_layers(model, x)
+    features = seen[-1][1]
+    return logits, features.mean((-2, -1)) if features.ndim == 4 else features

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['has_bfloat16', 'arithmetic', 'autocast', 'class_weights', 'shifted', 'mirrored', 'train_epoch', 'one_cycle',
-           'eval_mode', 'features_of', 'logits_of', 'Average', 'write_atomic', 'save_tensors', 'load_tensors',
-           'optimiser_tensors', 'restore_optimiser', 'commit', 'provenance']
+           'eval_mode', 'each_batch', 'features_of', 'logits_of', 'Average', 'write_atomic', 'save_tensors',
+           'load_tensors', 'optimiser_tensors', 'restore_optimiser', 'commit', 'provenance']
 
 # %% ../nbs/04_train.ipynb #58d6495d
 import contextlib
@@ -142,23 +142,28 @@ def eval_mode(model: nn.Module):
         for m, training in modes: m.training = training
 
 @torch.no_grad()
-def features_of(
+def each_batch(
     model: nn.Module, # Any classifier
-    images: Tensor, # uint8 [N, C, H, W]
+    images: Tensor, # uint8 [N, C, H, W], or float32 as the network takes them
+    compute: Callable[[nn.Module, Tensor], tuple[Tensor, ...]], # (model, float32 [B, C, H, W]) → tensors [B, …]
     batch_size: int = 500,
     progress: str | None = None, # Label of a progress bar
-) -> tuple[Tensor, Tensor]: # float32 logits [N, K] and features [N, D], on the CPU
-    "Logits and penultimate features of all `images`, in eval mode and float32."
+) -> tuple[Tensor, ...]: # float32 [N, …], on the CPU
+    "What `compute` makes of each batch, put together; in eval mode and without gradients, the modes as before afterwards."
     device = next(model.parameters()).device
     out, done = None, 0
     with eval_mode(model):
         for x in tqdm(images.split(batch_size), desc=progress, disable=progress is None, leave=False, mininterval=0.5):
-            x = to_input(x.to(device)).contiguous(memory_format=torch.channels_last)
-            found = logits_and_features(model, x)
-            if out is None: out = [torch.empty(len(images), t.shape[1]) for t in found]  # once: many small results between large temporaries would fragment the heap
+            x = x.to(device)
+            found = compute(model, (to_input(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last))
+            if out is None: out = [torch.empty(len(images), *t.shape[1:]) for t in found]  # once: many small results between large temporaries would fragment the heap
             for whole, part in zip(out, found): whole[done:done + len(x)] = part
             done += len(x)
     return tuple(out)
+
+def features_of(model: nn.Module, images: Tensor, batch_size: int = 500, progress: str | None = None) -> tuple[Tensor, Tensor]:
+    "Logits float32 [N, K] and penultimate features [N, D] of all uint8 `images` (see `each_batch`, `nioodd.models.logits_and_features`)."
+    return each_batch(model, images, logits_and_features, batch_size, progress)
 
 def logits_of(model: nn.Module, images: Tensor, batch_size: int = 500, progress: str | None = None) -> Tensor:
     "Logits float32 [N, K] of all uint8 `images`, in eval mode and float32 (see `features_of`)."

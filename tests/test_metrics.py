@@ -2,12 +2,13 @@
 import numpy as np
 import pytest
 import torch
-from pytorch_ood.metrics import OODMetrics
+from pytorch_ood.metrics import OODMetrics, aurra, calibration_error
 from sklearn import metrics as skm
+from sklearn.calibration import calibration_curve
 
 from nioodd.errors import NiooddError
-from nioodd.metrics import (accepted, accuracy_all, aupr, auroc, fpr_at_tpr, known_accuracy, known_accuracy_per_class, ood_metrics,
-                            rejected_at_argmax, threshold_keeping)
+from nioodd.metrics import (HIGHER_IS_BETTER, METRICS, accepted, accuracy_all, aupr, aurc, auroc, ece, fpr_at_tpr, known_accuracy,
+                            known_accuracy_per_class, ood_metrics, paired_bootstrap, rejected_at_argmax, reliability, risk_coverage, threshold_keeping)
 from nioodd.scores import (checked_logits, energy, entropy, garbage_log_odds, garbage_probability, max_logit, msp, uncertainty)
 
 
@@ -105,6 +106,20 @@ def test_every_input_type_gives_the_same():
     (lambda: known_accuracy(torch.zeros(2, 3), torch.tensor([0, 2])), "0 to 2"),
     (lambda: known_accuracy(torch.zeros(2, 3), torch.tensor([0, -1])), "-1"),
     (lambda: accuracy_all(torch.zeros(2, 3), torch.tensor([0])), "labels have shape [1]"),
+    (lambda: paired_bootstrap([1.], [1.], [1., 2.], [1.]), "A has 1 ID scores and B 2"),
+    (lambda: paired_bootstrap([1.], [1., 2., 3.], [1.], [1.]), "A has 3 OOD scores and B 1"),
+    (lambda: paired_bootstrap([1.], [1.], [1.], [1.], "fpr95_id"), "fpr95_id_positive"),
+    (lambda: paired_bootstrap([1.], [1.], [1.], [1.], n=0), "n is 0"),
+    (lambda: paired_bootstrap([1.], [1.], [float("nan")], [1.]), "1 NaN"),
+    (lambda: aurc([], []), "scores are empty"),
+    (lambda: aurc([1., 2.], [True]), "2 scores and 1 answers"),
+    (lambda: aurc([1., 2.], [0, 3]), "other values than 0 and 1"),
+    (lambda: aurc([1., float("nan")], [0, 1]), "1 NaN"),
+    (lambda: ece(torch.tensor([[3., -1.]]), torch.tensor([0])), "logits.softmax(1)"),
+    (lambda: ece(torch.tensor([[.5, .4]]), torch.tensor([0])), "sum to 1"),
+    (lambda: ece(torch.tensor([[.5, .5]]), torch.tensor([2])), "0 to 1"),
+    (lambda: ece(torch.tensor([[.5, .5]]), torch.tensor([0]), bins=0), "bins is 0"),
+    (lambda: ece(torch.zeros(0, 2), torch.zeros(0).long()), "empty"),
     (lambda: msp(torch.zeros(3)), "[3]"),
     (lambda: energy(torch.tensor([[0., float("inf")]])), "1 of 1 rows"),
     (lambda: uncertainty(torch.zeros(1, 3), n_known=4), "n_known is 4"),
@@ -123,6 +138,103 @@ def test_argmax_metrics():
     by_hand = [(z[y == k, :10].argmax(1) == k).double().mean().item() for k in range(10)]
     assert known_accuracy_per_class(z, y).tolist() == pytest.approx(by_hand)
     assert known_accuracy_per_class(z[y != 3], y[y != 3])[3].isnan()
+
+
+# Comparing two detectors
+
+def by_loop(a, b, metric, n, seed=0):
+    "`paired_bootstrap` by drawing the images themselves and calling `ood_metrics` on them."
+    a, b = ([torch.as_tensor(x) for x in pair] for pair in (a, b))
+    rng, d = torch.Generator().manual_seed(seed), []
+    for part in torch.arange(n).split(max(1, 2**20 // (len(a[0]) + len(a[1])))):
+        drawn = [torch.randint(len(x), (len(part), len(x)), generator=rng) for x in a]
+        for i, o in zip(*drawn): d.append(ood_metrics(a[0][i], a[1][o])[metric] - ood_metrics(b[0][i], b[1][o])[metric])
+    d = np.array(d)
+    better = d > 0 if metric in HIGHER_IS_BETTER else d < 0
+    return dict(difference=ood_metrics(*a)[metric] - ood_metrics(*b)[metric], low=np.quantile(d, .025), high=np.quantile(d, .975),
+                p_better=np.mean(better) + np.mean(d == 0) / 2)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_paired_bootstrap_is_the_loop_it_replaces(metric):
+    rng = np.random.default_rng(7)
+    for k, a in enumerate(cases(11, seed=7)):
+        b = [np.round(x + rng.normal(0, np.ptp(x[np.isfinite(x)]) / 5 + .1, len(x))) for x in a]  # infinities stay
+        assert paired_bootstrap(*a, *b, metric, n=20, seed=k) == pytest.approx(by_loop(a, b, metric, 20, k), rel=0, abs=1e-12)
+
+
+def test_paired_bootstrap_in_several_parts():
+    rng = np.random.default_rng(8)
+    a = [rng.normal(size=30_000), rng.normal(1, 1, 20_000)]
+    b = [x + rng.normal(0, .3, len(x)) for x in a]
+    r = paired_bootstrap(*a, *b, n=50)  # parts of 20
+    assert r == pytest.approx(by_loop(a, b, "fpr95_id_positive", 50), rel=0, abs=1e-12)
+    assert r == paired_bootstrap(*a, *b, n=50) != paired_bootstrap(*a, *b, n=50, seed=1)
+
+
+def test_paired_bootstrap_is_antisymmetric_and_sees_only_the_order():
+    rng = np.random.default_rng(9)
+    for n in (1, 5, 100):
+        a, b = ([rng.normal(m, 1, k).round(1) for m, k in ((0, n), (1, 2 * n))] for _ in range(2))
+        x, y = paired_bootstrap(*a, *b, "auroc", n=200), paired_bootstrap(*b, *a, "auroc", n=200)
+        assert x["difference"] == -y["difference"] and x["p_better"] == pytest.approx(1 - y["p_better"])
+        assert (x["low"], x["high"]) == pytest.approx((-y["high"], -y["low"]))
+        for metric in METRICS: assert paired_bootstrap(*a, *map(np.exp, a), metric, n=50) == dict(difference=0, low=0, high=0, p_better=.5)
+
+
+# Uncertainty: its order and its values
+
+def selective_risk(scores, correct, rng, orders):
+    "Mean over random orders of ties of the errors among the first k, over k."
+    risks = []
+    for _ in range(orders):
+        order = np.lexsort((rng.random(len(scores)), scores))
+        risks.append(np.cumsum(~correct[order]) / np.arange(1, len(scores) + 1))
+    return np.mean(risks, 0)
+
+
+def test_risk_coverage_is_the_mean_over_the_orders_of_ties():
+    rng = np.random.default_rng(10)
+    for n, levels in ((1, 1), (7, 1), (20, 3), (60, 8)):
+        scores, correct = rng.integers(levels, size=n), rng.random(n) < .7
+        c = risk_coverage(scores, correct)
+        assert c.coverage.tolist() == [k / n for k in range(1, n + 1)]
+        assert c.risk.numpy() == pytest.approx(selective_risk(scores, correct, rng, 20_000), abs=.03)
+        assert c.risk[-1].item() == pytest.approx(np.mean(~correct), abs=1e-12)
+        assert torch.equal(c.risk, risk_coverage(*(x[::-1].copy() for x in (scores, correct))).risk)
+
+
+def test_aurc_is_pytorch_oods_aurra_turned_round():
+    rng = np.random.default_rng(11)
+    for n in (1, 2, 50, 3000):
+        scores, correct = rng.permutation(n).astype(float), rng.random(n) < .8
+        assert aurc(scores, correct) == pytest.approx(1 - aurra(-torch.from_numpy(scores), torch.from_numpy(correct)), rel=0, abs=1e-12)
+        assert aurc(scores, correct) == pytest.approx(selective_risk(scores, correct, rng, 1).mean(), rel=0, abs=1e-12)
+        assert aurc(~correct, correct) <= aurc(scores, correct) + 1e-12 and aurc(np.zeros(n), correct) == pytest.approx(np.mean(~correct))
+
+
+def test_ece_by_its_definition():
+    rng = torch.Generator().manual_seed(12)
+    for n, k, bins in ((1, 2, 15), (40, 3, 15), (2000, 10, 15), (2000, 2, 7), (500, 11, 1)):
+        p, y = (2 * torch.randn(n, k, generator=rng)).softmax(1), torch.randint(k, (n,), generator=rng)
+        confidence, correct = p.double().amax(1).numpy(), (p.argmax(1) == y).numpy()
+        want = 0
+        for b in range(bins):
+            inside = (confidence > b / bins) & (confidence <= (b + 1) / bins)
+            if inside.any(): want += inside.sum() / n * abs(correct[inside].mean() - confidence[inside].mean())
+        assert ece(p, y, bins) == pytest.approx(want, rel=0, abs=1e-12)
+        r = reliability(p, y, bins)
+        full = r.count > 0
+        for ours, theirs in zip((r.accuracy, r.confidence), calibration_curve(correct, confidence, n_bins=bins)):
+            assert ours[full].numpy() == pytest.approx(theirs, rel=0, abs=1e-12)
+        assert r.count.sum() == n and r.accuracy[~full].isnan().all()
+        one = calibration_error(torch.from_numpy(confidence), torch.from_numpy(correct), p="1", beta=n)
+        assert ece(p, y, bins=1) == pytest.approx(one, rel=0, abs=1e-12)
+
+
+def test_ece_bins_are_closed_on_the_right():
+    p = torch.tensor([[.5, .5], [.5, .5], [1., 0.], [.75, .25]], dtype=torch.float64)
+    assert reliability(p, torch.tensor([0, 1, 0, 0]), bins=4).count.tolist() == [0, 2, 1, 1]
 
 
 # The scores the metrics are made of
