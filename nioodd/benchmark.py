@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'Scores', 'DETECTORS', 'PAPER2', 'unknown_set', 'Study', 'Cell', 'cells', 'read_rows', 'cell_of', 'add_rows',
-           'missing', 'absent', 'run_cells', 'plan', 'Summary', 'summarise', 'scoreboard', 'refusals', 'better']
+           'missing', 'absent', 'run_cells', 'plan', 'Summary', 'summarise', 'scoreboard', 'refusals', 'better',
+           'compare_all']
 
 # %% ../nbs/26_benchmark.ipynb #b79cd3f8
 import json
@@ -74,9 +75,10 @@ class Study:
         images: int = 10000, # Of each set, at most
         fit_images: int = 20000, # Training images that detectors may learn from, at most
         others: tuple = (), # Folders of networks of other seeds, for the ensemble
+        progress: bool = False, # Bars for what takes long
     ):
         self.model, self.info = load_classifier(folder)
-        self.folder, self.work, self.root, self.n, self.fit_images, self.others = Path(folder), Path(work), root, images, fit_images, others
+        self.folder, self.work, self.root, self.n, self.fit_images, self.others, self.progress = Path(folder), Path(work), root, images, fit_images, others, progress
         self.weights, self.found_as, self._images, self._hash = network_fingerprint(self.model), {}, {}, {}
 
     @cached_property
@@ -108,7 +110,7 @@ class Study:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (folder / "detector.json").is_file():
-                fit_problem(self.problem, self.model, TrustOptions(seed=self.info["seed"]))[0].save(folder)
+                fit_problem(self.problem, self.model, TrustOptions(seed=self.info["seed"]), self.progress)[0].save(folder)
         return TrustIntervalDetector.load(folder)
 
 # %% ../nbs/26_benchmark.ipynb #3316f0d5
@@ -201,10 +203,13 @@ def _score_cells(study: Study, todo: list[Cell]) -> list[dict]:
         seconds = time.perf_counter() - start
         if name == "id": continue
         rows.append(dict(**first._replace(ood=name)._asdict(), **ood_metrics(kept["id"], kept[name]), n_id=len(kept["id"]), n_ood=len(kept[name]), ood_as=study.found_as.get(name, name), images=study.hash(name), **used,
-                         fit_seconds=round(fitted, 3), score_seconds=round(seconds, 3)))
+                         fit_seconds=round(fitted, 3), score_seconds=round(seconds, 3), quantiles={k: _quantiles(kept[v]) for k, v in (("id", "id"), ("ood", name))}))
     path = _scores_file(study.work, first)
     if kept: save_tensors(path, (load_tensors(path)[0] if path.is_file() else {}) | kept, dict(weights=study.weights))
     return rows
+
+def _quantiles(scores: Tensor) -> list[float]: # 21 of them, 0 to 100 %, to 5 digits: enough to draw a distribution
+    return [float(f"{q:.5g}") for q in scores.double().quantile(torch.linspace(0, 1, 21).double()).tolist()]
 
 def _scores_file(work: Path, cell: Cell) -> Path: return Path(work) / "scores" / f"{cell.network}-seed{cell.seed}" / f"{cell.detector}.safetensors"
 
@@ -214,11 +219,17 @@ def missing(todo: list[Cell], out: str | os.PathLike) -> list[Cell]:
     done = {cell_of(r) for r in read_rows(out)}
     return [c for c in todo if c not in done]
 
-def absent(todo: list[Cell], root: str | os.PathLike | None = None) -> dict[str, str]: # Name → how to get it
-    "The sets of cells that are not found on this machine."
-    at_hand = {r.name: r for r in available(root)}
-    wanted = {o.removesuffix("-inverted") for c in todo for o in (c.ood, RECIPES[c.network].data)}
-    return {o: at_hand[o].how for o in sorted(wanted) if o in at_hand and not at_hand[o].found}
+def _needs(cell: Cell, models: str | os.PathLike) -> set[str]: # Names of sets
+    "The sets that a cell reads: its own, and what its network was, or would be, trained on."
+    path = Path(models) / f"{cell.network}-seed{cell.seed}" / "model.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["recipe"]["data"] if path.is_file() else RECIPES[cell.network].data
+    return {cell.ood.removesuffix("-inverted"), known.removesuffix("-inverted")}
+
+def absent(todo: list[Cell], models: str | os.PathLike = "runs", root: str | os.PathLike | None = None) -> tuple[list[Cell], dict[str, str]]: # The cells; name of a set → how to get it
+    "The cells that cannot be run on this machine, and the sets that they lack."
+    gone = {r.name: r.how for r in available(root) if not r.found}
+    lacking = [(c, _needs(c, models) & gone.keys()) for c in todo]
+    return [c for c, names in lacking if names], {o: gone[o] for o in sorted(set().union(*(names for _, names in lacking)))}
 
 def run_cells(
     todo: list[Cell], # As from `cells`
@@ -231,11 +242,11 @@ def run_cells(
     progress: bool = True,
 ) -> dict[str, list]: # `run`, `absent` and `busy`: cells that were run, whose data is missing, that another process is at
     "Runs the cells that are missing in `out`, and can be. Raises `NiooddError` if rows there belong to other weights."
-    todo, gone = missing(todo, out), absent(todo, root)
-    result = dict(run=[], absent=[c for c in todo if {c.ood.removesuffix("-inverted"), RECIPES[c.network].data} & gone.keys()], busy=[])
-    groups: dict[tuple, list[Cell]] = {}
+    todo = missing(todo, out)
+    result = dict(run=[], absent=absent(todo, models, root)[0], busy=[])
+    lacking, groups = set(result["absent"]), {}
     for c in todo:
-        if c not in result["absent"]: groups.setdefault(c[:3], []).append(c)
+        if c not in lacking: groups.setdefault(c[:3], []).append(c)
     study = None
     for (network, seed, detector), group in (bar := tqdm(groups.items(), disable=not progress, unit="detector")):
         bar.set_description(f"{network} seed {seed}: {detector}")
@@ -260,7 +271,7 @@ def _open(network: str, seed: int, seeds: list[int], out: Path, work, models, ro
                 train_classifier(network, path, root=root, seed=s, resume=path.is_dir(), details=dict(command=f"nioodd train {network} --seed {s}"), progress=progress)
         return path
     partner = [s for s in seeds[seeds.index(seed) + 1:] + seeds[:seeds.index(seed)]][:1]
-    study = Study(folder(seed), work, root, images, others=tuple(map(folder, partner)))
+    study = Study(folder(seed), work, root, images, others=tuple(map(folder, partner)), progress=progress)
     stale = {r["weights"] for r in read_rows(_file(out, network, seed))} - {study.weights}
     if stale: raise NiooddError(f"{_file(out, network, seed)} has rows of other weights ({', '.join(sorted(stale))}; these are {study.weights}); give another --out, or delete the file")
     write_atomic(Path(out) / f"{network}-seed{seed}.model.json", (study.folder / "model.json").read_text(encoding="utf-8"))
@@ -269,13 +280,15 @@ def _open(network: str, seed: int, seeds: list[int], out: Path, work, models, ro
 # %% ../nbs/26_benchmark.ipynb #0c97ab89
 def plan(todo: list[Cell], out: str | os.PathLike, models: str | os.PathLike = "runs", root: str | os.PathLike | None = None) -> str:
     "What `run_cells` would do: cells per network and detector, what they cost by the rows that are there, networks that would be trained, data that is missing."
-    rows, gone, left = read_rows(out), absent(todo, root), set(missing(todo, out))
+    rows, left = read_rows(out), set(missing(todo, out))
+    cannot, gone = absent([c for c in todo if c in left], models, root)
+    cannot = set(cannot)
     seconds = {(r["network"], r["detector"], w): r[f"{w}_seconds"] for r in rows if "fit_seconds" in r for w in ("fit", "score")}
     lines, total, unmeasured = [f"{'network':10s}{'detector':20s}{'cells':>6s}{'done':>6s}{'no data':>9s}{'to run':>8s}  cost"], 0.0, 0
     for network, detector in dict.fromkeys((c.network, c.detector) for c in todo):
         own = [c for c in todo if (c.network, c.detector) == (network, detector)]
-        lacking = [c for c in own if c in left and {c.ood.removesuffix("-inverted"), RECIPES[network].data} & gone.keys()]
-        run = [c for c in own if c in left and c not in lacking]
+        lacking = [c for c in own if c in cannot]
+        run = [c for c in own if c in left and c not in cannot]
         known = (network, detector, "fit") in seconds
         cost = seconds[network, detector, "fit"] * len({c.seed for c in run}) + seconds[network, detector, "score"] * len(run) if known else 0.0
         total, unmeasured = total + cost, unmeasured + (0 if known else len(run))
@@ -327,7 +340,7 @@ def scoreboard(
     sets: Iterable[str] | None = None, # None: those of the rows, as they come
     detectors: Iterable[str] | None = None, # None: all of `DETECTORS`
 ) -> str: # Markdown
-    "Detectors by sets, per cent: mean ± standard deviation over seeds, **best** in each column, the paper's figure in brackets, – where nothing was run. Best mean over the sets first."
+    "Detectors by sets, per cent: mean ± standard deviation over seeds, **best** in each column, the paper's figure in brackets, – where nothing was run. The detectors with most sets come first, among them the best mean."
     found, worse = summarise(rows, metric), metric not in HIGHER_IS_BETTER
     sets = list(sets or dict.fromkeys(r["ood"] for r in rows if r["network"] == network))
     best = {o: (min if worse else max)((s.mean for (n, _, q), s in found.items() if (n, q) == (network, o)), default=None) for o in sets}
@@ -337,7 +350,7 @@ def scoreboard(
         return (f"**{text}**" if s and s.mean == best[o] else text) + (f" [{100 * paper:.2f}]" if paper is not None else "")
     def rank(d):
         known = [found[network, d, o].mean for o in sets if (network, d, o) in found]
-        return (len(known) < len(sets), (sum(known) / len(known) if worse else -sum(known) / len(known)) if known else 0)
+        return len(sets) - len(known), (1 if worse else -1) * sum(known) / max(1, len(known))
     lines = [f"| {network} | " + " | ".join(sets) + " |", "|---" * (len(sets) + 1) + "|"]
     return "\n".join(lines + [f"| {d} | " + " | ".join(cell(d, o) for o in sets) + " |" for d in sorted(detectors or DETECTORS, key=rank)])
 
@@ -362,3 +375,21 @@ def better(
         if not {"id", ood} <= tensors.keys(): raise NiooddError(f"{path} has no scores of {ood}; expected them from `nioodd bench ood`; they are not part of the results, so run its cell with another --out")
         return tensors["id"], tensors[ood]
     return [paired_bootstrap(*scores(a, s), *scores(b, s), metric=metric, n=n, seed=s) for s in seeds]
+
+# %% ../nbs/26_benchmark.ipynb #c2e7471c
+def compare_all(
+    detector: str, # Against every other one
+    todo: Iterable[Cell], # Whose networks, seeds, sets and detectors are compared
+    out: str | os.PathLike, # Folder of the results; written is its better/NETWORK-DETECTOR.jsonl
+    work: str | os.PathLike = "runs/bench",
+    metric: str = "fpr95_id_positive",
+    n: int = 1000,
+    progress: bool = True,
+) -> list[dict]: # A row per cell of another detector that was run: the cell's names, `than`, and what `better` says
+    "Is it better? One paired bootstrap per cell. Raises `NiooddError` if scores were not kept."
+    run, rows = {cell_of(r) for r in read_rows(out) if metric in r}, []
+    for c in tqdm([c for c in todo if c in run and c.detector != detector and c._replace(detector=detector) in run], disable=not progress, desc=f"{detector} against"):
+        rows.append(dict(c._replace(detector=detector)._asdict(), than=c.detector, metric=metric, **better(detector, c.detector, c.ood, c.network, [c.seed], work, metric, n)[0]))
+    for network in {r["network"] for r in rows}:
+        write_atomic(Path(out) / "better" / f"{network}-{detector}.jsonl", "".join(json.dumps(r) + "\n" for r in rows if r["network"] == network))
+    return rows

@@ -77,6 +77,7 @@ def _bench_arguments(commands) -> None:
     ood.add_argument("--models", default="runs", metavar="FOLDER", help="where the networks are, C1-seed0 …; a missing one is trained (default: runs)")
     ood.add_argument("--images", type=int, default=10000, metavar="N", help="of each set, at most (default 10000)")
     ood.add_argument("--metric", default="fpr95_id_positive", metavar="NAME", help="that is printed (default fpr95_id_positive)")
+    ood.add_argument("--better", metavar="NAME", help="then compare this detector with every other, image by image (paired bootstrap), into OUT/better")
     ood.add_argument("--dry-run", action="store_true", help="list the cells, what they cost, and what data is missing; run nothing")
     _common(ood, "root")
     ood.set_defaults(do=_bench_ood)
@@ -315,18 +316,19 @@ def _bench_ood(a: argparse.Namespace) -> int:
     "`nioodd bench ood`: runs what is missing; prints a scoreboard per network."
     try: seeds = [int(s) for s in a.seeds.split(",")]
     except ValueError: raise NiooddError(f"--seeds is {a.seeds!r}; expected whole numbers, as 0,1,2") from None
-    from nioodd.benchmark import absent, cells, plan, read_rows, refusals, run_cells, scoreboard
+    from nioodd.benchmark import absent, cells, compare_all, plan, read_rows, refusals, run_cells, scoreboard
     todo = cells(a.table, a.cells and a.cells.split(","), seeds, a.detectors and a.detectors.split(","))
     if a.dry_run:
         print(plan(todo, a.out, a.models, a.root))
         return 0
     try: done = run_cells(todo, a.out, a.work, a.models, root=a.root, images=a.images)
     except KeyboardInterrupt: raise KeyboardInterrupt("the finished cells are kept; the same command goes on") from None
+    if a.better: compare_all(a.better, todo, a.out, a.work, a.metric)
     rows = read_rows(a.out)
     for network in dict.fromkeys(c.network for c in todo):
         print("\n" + scoreboard(rows, network, a.metric, list(dict.fromkeys(c.ood for c in todo if c.network == network)), list(dict.fromkeys(c.detector for c in todo))))
     print(f"\n{len(done['run'])} cells run, {len(done['absent'])} lack their data, {len(done['busy'])} are being run by another process; results in {a.out}")
-    for name, how in absent(done["absent"], a.root).items(): print(f"  {name}: {how}")
+    for name, how in absent(done["absent"], a.models, a.root)[1].items(): print(f"  {name}: {how}")
     for name, why in refusals(rows).items(): print(f"  {name} was not run: {why}")
     return 0
 

@@ -194,7 +194,7 @@ class Detector(pytorch_ood.api.Detector):
 # %% ../nbs/10_detector.ipynb #7e911b0e
 def detector_class(base: type, name: str) -> type:
     "`base` or the subclass of it that is called `name`; the latest if it was defined twice. Raises `NiooddError` if there is none."
-    importlib.import_module("nioodd.trust")  # so that its detectors are known too
+    for module in ("trust", "layerwise"): importlib.import_module(f"nioodd.{module}")  # so that their detectors are known too
     known, todo = {}, [base]
     while todo:
         c = todo.pop(0)

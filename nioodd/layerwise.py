@@ -9,7 +9,7 @@ __all__ = ['listening_posts', 'directions', 'subspace', 'read_directions', 'Bank
 # %% ../nbs/25_layerwise.ipynb #6bb73890
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ def listening_posts(
 ) -> list[str]: # Names of layers, in the order they run
     "The layers whose inputs tell: every linear one's, and of convolutions the last at each resolution. Raises `NiooddError` for a network without such layers."
     with eval_mode(model): seen = _reading(model, x)[1]
-    seen = {k: t for k, t in seen.items() if t.shape != x.shape or not torch.equal(t, x)}
+    seen = {k: t for k, t in seen.items() if len(t) == len(x) and (t.shape != x.shape or not torch.equal(t, x))}
     if not seen: raise NiooddError(f"{type(model).__name__} has no linear or convolutional layer after its first; nothing to listen to; expected a network of layers")
     last = {(t.shape[2:] if t.ndim == 4 else name): name for name, t in seen.items()}
     return [name for name in seen if name in last.values()]
@@ -76,7 +76,8 @@ def read_directions(
     with eval_mode(model): logits, seen = _reading(model, x, layers)
     return logits, {name: directions(seen[name]) for name in layers}
 
-class Bank(NamedTuple):
+@dataclass(frozen=True)
+class Bank:
     "The known directions of a layer, in their subspace."
     basis: Tensor # float32 [D, d]
     known: Tensor # float32 [M, d]; values that half precision can hold
@@ -90,10 +91,10 @@ def layer_scores(
     x: Tensor, # uint8 or floating-point [B, C, H, W]
     banks: dict[str, Bank], # By layer
     n_known: int | None = None, # Outputs that are known classes, the first ones; None: all
-) -> tuple[Tensor, dict[str, Tensor]]: # Logits [B, n_known]; by name, float64 [B] on the CPU, higher = more OOD
+) -> tuple[Tensor, dict[str, Tensor]]: # Logits [B, n_known]; by name, float64 [B], higher = more OOD; all on the CPU
     "One forward pass: the energy of the logits, and what each bank says."
     logits, seen = read_directions(model, x, banks)
-    return logits[:, :n_known], dict(energy=energy(logits, n_known).cpu(), **{name: bank(seen[name]) for name, bank in banks.items()})
+    return logits[:, :n_known].cpu(), dict(energy=energy(logits, n_known).cpu(), **{name: bank(seen[name]) for name, bank in banks.items()})
 
 # %% ../nbs/25_layerwise.ipynb #8d503a26
 class Surprise:
@@ -112,9 +113,21 @@ class Surprise:
         return torch.where(s > self.u, self.log_tail + (s - self.u) / self.beta, -(at_least.clamp_min(1) / n).log())
 
 # %% ../nbs/25_layerwise.ipynb #94fa3665
-def _batches(images) -> Iterable[Tensor]: # A tensor [N, C, H, W], or a loader of batches as for `id_images`
-    return images.split(500) if isinstance(images, Tensor) else id_images(images)
+def _packed(banks: dict[str, Bank], surprise: dict[str, Surprise]) -> dict[str, Tensor]:
+    "Tensors by name; the bank in half precision. Distributions are numbered: the last bits of a sum depend on its order."
+    parts = {f"{what}.{k}": t for k, b in banks.items() for what, t in (("basis", b.basis), ("bank", b.known.half()))}
+    return parts | {f"known.{i:03}.{k}": s.known for i, (k, s) in enumerate(surprise.items())}
 
+def _unpacked(tensors: dict[str, Tensor]) -> tuple[dict[str, Bank], dict[str, Surprise], Tensor]:
+    "What `_packed` put in, and the calibration. Raises `NiooddError` if a part is missing."
+    part = lambda prefix: {k.removeprefix(prefix): t for k, t in sorted(tensors.items()) if k.startswith(prefix)}
+    known = {k.partition(".")[2]: t for k, t in part("known.").items()}
+    basis, bank = part("basis."), part("bank.")
+    if not basis or not {"energy", *basis} == {"energy", *bank} == {*known} or "calibration" not in tensors:
+        raise NiooddError("the saved LayerwiseDetector lacks a bank or a distribution; expected all that its save wrote; fit it again and save it")
+    return {k: Bank(basis[k], bank[k].float()) for k in known if k != "energy"}, {k: Surprise(t) for k, t in known.items()}, tensors["calibration"]
+
+# %% ../nbs/25_layerwise.ipynb #7c31a267
 class LayerwiseDetector(Detector):
     """Nearest neighbours at layers of all depths and the energy of the logits, added as −log p (Fisher's method); post hoc, for any classifier.
 
@@ -130,9 +143,12 @@ class LayerwiseDetector(Detector):
 
     def arguments(self): return dict(classes=self.classes, n_known=self.n_known)
 
+    def _fitted(self):
+        if not self.banks: raise NiooddError("this LayerwiseDetector knows no images yet; expected fit(images, held_out) first")
+
     def evidence(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]: # x [B, C, H, W], see `as_input` → logits [B, K]; name: float64 [B], −log p of each
         "What the energy of the logits and each post say about the images: how unlikely for a known one."
-        if not self.banks: raise NiooddError("this LayerwiseDetector knows no images yet; expected fit(images, held_out) first")
+        self._fitted()
         parts = [layer_scores(self.model, b, self.banks, self.n_known) for b in x.split(500)]
         return torch.cat([z for z, _ in parts]), {k: f(torch.cat([s[k] for _, s in parts])) for k, f in self.surprise.items()}
 
@@ -142,14 +158,17 @@ class LayerwiseDetector(Detector):
 
     def p_values(self, scores: Tensor) -> Tensor: # scores [B] from `predict` → float64 [B] in (0, 1]
         "Conformal p-values: the share of held-out images with a score as high, the image itself counted."
+        self._fitted()
         n = len(self.calibration)
-        return (1 + n - torch.searchsorted(self.calibration, scores.contiguous())).double() / (1 + n)
+        return (1 + n - torch.searchsorted(self.calibration.to(scores.device), scores.contiguous())).double() / (1 + n)
 
     def is_ood(self, x: Tensor, false_alarms: float | None = None) -> Tensor: # x [B, C, H, W] → bool [B]
         "Which images are OOD: p ≤ `false_alarms`, the share of known images that may be rejected; None: by the threshold."
         if false_alarms is None: return self.rejects(self.predict(x))
-        if not 0 < false_alarms < 1: raise NiooddError(f"false_alarms is {false_alarms}; expected a share between 0 and 1, as 0.01")
-        return self.p_values(self.predict(x)) <= false_alarms
+        p, least = self.p_values(self.predict(x)), 1 / (1 + len(self.calibration))
+        if not least <= false_alarms < 1:
+            raise NiooddError(f"false_alarms is {false_alarms}; expected a share from {least:.2g} to 1, as 0.01; {len(self.calibration)} held-out images give no smaller p-value: hold out more")
+        return p <= false_alarms
 
     def verdict(self, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
         "What to tell a user of each image; all [B]: `label` int64, `uncertainty` float64 in [0, 1] (U over the classes), `p_value` float64 in (0, 1], `score` float64, `ood` bool."
@@ -160,15 +179,16 @@ class LayerwiseDetector(Detector):
     def fit(self, images, held_out=None, **options): return fit_layerwise(self, images, held_out, **options)
 
     def learnt(self):
-        banks = {f"{what}.{k}": t for k, b in self.banks.items() for what, t in (("basis", b.basis), ("bank", b.known.half()))}
-        return banks | {f"known.{k}": s.known for k, s in self.surprise.items()} | dict(calibration=self.calibration)
+        self._fitted()
+        return _packed(self.banks, self.surprise) | dict(calibration=self.calibration)
 
     def restore(self, tensors):
-        part = lambda prefix: {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-        self.banks = {k: Bank(part("basis.")[k], b.float()) for k, b in part("bank.").items()}
-        self.surprise, self.calibration = {k: Surprise(t) for k, t in part("known.").items()}, tensors["calibration"]
+        self.banks, self.surprise, self.calibration = _unpacked(tensors)
 
 # %% ../nbs/25_layerwise.ipynb #d6310539
+def _together(images) -> Tensor: # A tensor [N, C, H, W], or a loader of batches as for `id_images`
+    return images if isinstance(images, Tensor) else torch.cat(list(id_images(images)) or [torch.empty(0, 1, 1, 1)])
+
 def fit_layerwise(
     detector: LayerwiseDetector,
     images, # ID images the network was trained on: uint8 (or floating-point) [N, C, H, W], or a loader of batches
@@ -181,9 +201,11 @@ def fit_layerwise(
     "Learn banks, distributions and threshold; what `LayerwiseDetector.fit` does. Raises `NiooddError` for fewer than 80 held-out images, or a network without layers."
     rng = torch.Generator().manual_seed(seed)
     shuffled = lambda t: t[torch.randperm(len(t), generator=rng)]
-    images = shuffled(torch.cat(list(_batches(images))))
-    images, held_out = images.tensor_split([len(images) * 3 // 4]) if held_out is None else (images, shuffled(torch.cat(list(_batches(held_out)))))
+    images = shuffled(_together(images))
+    images, held_out = images.tensor_split([len(images) * 3 // 4]) if held_out is None else (images, shuffled(_together(held_out)))
     if len(held_out) < 80: raise NiooddError(f"{len(held_out)} held-out images; expected at least 80, better some thousands; hold out more ID images")
+    if min(len(images), bank, dimensions) < 2:
+        raise NiooddError(f"{len(images)} images, bank={bank}, dimensions={dimensions}; expected at least 2 of each, better some thousands of images; pass more")
     model = detector.model
     layers = listening_posts(model, as_input(images[:2].to(next(model.parameters()).device)))
     read = [read_directions(model, b, layers)[1] for b in images[:bank].split(500)]

@@ -346,16 +346,22 @@ def test_cifar100(tmp_path, monkeypatch):
     assert s.images.shape == (6, 1, 28, 28) and s.classes == classes and s.labels.tolist() == [0, 1, 2, 1, 1, 2]
 
 
-def test_svhn(tmp_path, monkeypatch):
+def write_svhn(root, monkeypatch, labels=(10, 1, 2, 9)):
+    "Both files as they are published, whose checksums then stand in the reader class; the images of the test file [32, 32, 3, N] and its path."
     from scipy.io import savemat
     from torchvision.datasets import SVHN as Kind
     rng, md5 = np.random.default_rng(0), {}
     for split in ("train", "test"):
-        x = rng.integers(0, 256, (32, 32, 3, 4), dtype=np.uint8)
-        path = tmp_path / f"{split}_32x32.mat"
-        savemat(path, {"X": x, "y": np.array([[10], [1], [2], [9]], np.uint8)})
+        x = rng.integers(0, 256, (32, 32, 3, len(labels)), dtype=np.uint8)
+        path = root / f"{split}_32x32.mat"
+        savemat(path, {"X": x, "y": np.array(labels, np.uint8)[:, None]})
         md5[split] = ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
     monkeypatch.setattr(Kind, "split_list", md5)
+    return x, path
+
+
+def test_svhn(tmp_path, monkeypatch):
+    x, path = write_svhn(tmp_path, monkeypatch)
     s = load("svhn", "test", root=tmp_path)
     assert s.labels.tolist() == [0, 1, 2, 9] # 10 stands for the digit 0
     assert torch.equal(s.images[2], torch.from_numpy(x[..., 2]).permute(2, 0, 1)) and s.images.is_contiguous()

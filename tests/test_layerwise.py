@@ -1,0 +1,333 @@
+"""The post hoc detector that listens at all depths: any network, files, p-values, what it must not touch."""
+import math
+
+import pytest
+import torch
+from pytorch_ood.benchmark import Benchmark
+from pytorch_ood.metrics import OODMetrics
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nioodd.data import to_input
+from nioodd.detector import Detector, GarbageDetector, read_detector, write_detector
+from nioodd.errors import NiooddError
+from nioodd.layerwise import Bank, LayerwiseDetector, Surprise, directions, fit_layerwise, layer_scores, listening_posts, read_directions, subspace
+from nioodd.metrics import ood_metrics
+from nioodd.models import ARCHITECTURES, Classifier
+from nioodd.scores import energy
+
+SHAPE = (1, 8, 8)
+
+
+def images(n, low=0, high=256, seed=0, shape=SHAPE): return torch.randint(low, high, (n, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def own_randomness():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def network():
+    net = Classifier(4, size=8)
+    net(torch.randn(64, *SHAPE))  # batch norm's running statistics leave their initial values
+    return net.eval()
+
+
+@pytest.fixture
+def detector(network): return LayerwiseDetector(network, classes=["a", "b", "c"], n_known=3).fit(images(200), images(200, seed=1))
+
+
+def linear_only(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+# Any network
+
+def resnet18():
+    from torchvision.models import resnet18
+    return resnet18(num_classes=4)
+
+
+NETWORKS = {name: (c, None) for name, c in ARCHITECTURES.items()} | {"garbage": (lambda: Classifier(4, size=8), 3), "linear": (linear_only, None), "resnet18": (resnet18, None)}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_any_network_learns_judges_and_comes_back_from_its_files(name, tmp_path):
+    make, n_known = NETWORKS[name]
+    net = make().eval()
+    a = getattr(net, "arguments", dict(channels=3, size=32) if name == "resnet18" else dict(channels=1, size=8))
+    shape = (a["channels"], a["size"], a["size"])
+    d = LayerwiseDetector(net, n_known=n_known).fit(images(24, shape=shape), images(80, seed=1, shape=shape), dimensions=16)
+    assert len(d.banks) >= 2 and set(d.surprise) == {"energy", *d.banks}
+    x = images(5, seed=2, shape=shape)
+    v = d.verdict(x)
+    assert {k: (t.dtype, tuple(t.shape)) for k, t in v.items()} == dict(label=(torch.int64, (5,)), uncertainty=(torch.float64, (5,)), p_value=(torch.float64, (5,)),
+                                                                        score=(torch.float64, (5,)), ood=(torch.bool, (5,)))
+    assert ((0 < v["p_value"]) & (v["p_value"] <= 1)).all() and v["score"].isfinite().all() and (n_known is None or v["label"].max() < n_known)
+    into = None if name in ARCHITECTURES or name == "garbage" else make()
+    again = Detector.load(d.save(tmp_path), model=into)
+    assert type(again) is LayerwiseDetector and list(again.evidence(x)[1]) == list(d.evidence(x)[1]) and again.n_known == n_known
+    assert torch.equal(again.predict(x), d.predict(x)) and again.threshold_ == d.threshold_
+
+
+def test_posts_are_the_last_of_each_resolution_and_never_the_image(network):
+    assert listening_posts(network, torch.randn(2, *SHAPE)) == ["body.1.0", "penultimate.0", "head"]
+    assert listening_posts(linear_only(), torch.randn(2, *SHAPE)) == ["1", "3", "5"]
+    with pytest.raises(NiooddError, match="nothing to listen to"): listening_posts(nn.Conv2d(1, 4, 8), torch.randn(2, *SHAPE))
+    with pytest.raises(NiooddError, match="nothing to listen to"): LayerwiseDetector(nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten())).fit(images(20), images(80))
+
+
+def test_a_layer_whose_rows_are_not_the_images_is_passed_over():
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.window, self.head = nn.Linear(8, 8), nn.Linear(64, 4)
+        def forward(self, x): return self.head(self.window(x.reshape(-1, 8)).reshape(len(x), 64))
+    assert listening_posts(Folded(), torch.randn(2, *SHAPE)) == ["head"]
+    assert LayerwiseDetector(Folded()).fit(images(30), images(80)).predict(images(3)).shape == (3,)
+
+
+# What is computed, written out
+
+def test_directions_and_subspace():
+    t = torch.rand(5, 3, 9, 7)
+    u = directions(t)
+    assert u.shape == (5, 3 * 4 * 4)
+    torch.testing.assert_close(u.norm(dim=1), torch.ones(5))
+    assert directions(torch.rand(5, 3, 2, 9)).shape == (5, 3 * 2 * 4) and torch.equal(directions(torch.zeros(2, 6)), torch.zeros(2, 6))
+    u = torch.randn(200, 12) * 0.2 ** torch.arange(12) @ torch.linalg.qr(torch.randn(48, 12))[0].T
+    state = torch.get_rng_state()
+    v = subspace(u, 4)
+    torch.testing.assert_close(v.T @ v, torch.eye(4), atol=1e-5, rtol=0)
+    exact = torch.linalg.svd(u)[2][:4].T
+    torch.testing.assert_close(v @ v.T, exact @ exact.T, atol=1e-3, rtol=0)
+    assert torch.equal(state, torch.get_rng_state()) and torch.equal(v, subspace(u, 4)) and subspace(u[:5], 100).shape == (48, 5)
+
+
+def test_score_written_out(network):
+    x, known = images(6, seed=3), images(40)
+    logits, seen = read_directions(network, x, ["head"])
+    u = read_directions(network, known, ["head"])[1]["head"]
+    basis = subspace(u, 8)
+    z, s = layer_scores(network, x, {"head": Bank(basis, u @ basis)}, n_known=3)
+    plain = nn.functional.normalize(network.features(to_input(x)), dim=1)
+    torch.testing.assert_close(seen["head"], plain.detach())
+    want = [-max((a @ basis) @ (b @ basis) for b in u) for a in seen["head"]]
+    torch.testing.assert_close(s["head"], torch.stack(want).double(), rtol=1e-5, atol=1e-6)
+    assert torch.equal(s["energy"], energy(logits, 3)) and z.shape == (6, 3)
+
+
+@pytest.mark.parametrize("n", [20, 25, 1000])
+def test_surprise_is_the_empirical_tail_then_a_line(n):
+    known = torch.randn(n, generator=torch.Generator().manual_seed(0)).double()
+    f, at = Surprise(known), torch.linspace(-5, 20, 400).double()
+    s = f(at)
+    assert (s >= 0).all() and s.isfinite().all() and (s.diff() >= -1e-12).all()
+    below = at <= f.u
+    torch.testing.assert_close(s[below], torch.stack([-((known >= a).sum() / n).log() for a in at[below]]).double(), rtol=1e-6, atol=1e-6)
+    far = s[at > f.u]
+    torch.testing.assert_close(far.diff() * f.beta, at[at > f.u].diff())
+    assert (s[at > known.max()] >= 2.2).all() and s[-1] > math.log(n)
+
+
+def test_surprise_of_ties_and_of_too_few():
+    f = Surprise(torch.zeros(50).double())
+    assert f(torch.zeros(1).double()) == 0 and f(torch.ones(1).double()).isfinite() and f(torch.ones(1).double()) > 100
+    with pytest.raises(NiooddError, match="19 held-out scores"): Surprise(torch.zeros(19))
+
+
+def test_p_values_by_counting(detector):
+    s = detector.predict(images(40, seed=7))
+    want = [(1 + (detector.calibration >= v).sum().item()) / (1 + len(detector.calibration)) for v in s]
+    assert detector.p_values(s).tolist() == pytest.approx(want, abs=1e-15)
+    assert detector.p_values(detector.calibration[-1:]).item() == 2 / 101 and detector.p_values(torch.tensor([math.inf]).double()).item() == 1 / 101
+    for a in (0.02, 0.1, 0.5): assert torch.equal(detector.is_ood(images(40, seed=7), a), torch.tensor(want) <= a)
+
+
+def test_false_alarms_are_at_most_what_was_asked_for(network):
+    "Over many draws of held-out and new images; the mean rate is at most α, up to its own error."
+    d = LayerwiseDetector(network).fit(images(200), images(400, seed=1))
+    pool = torch.cat([d.calibration, d.predict(images(400, seed=2))])
+    for a in (0.01, 0.05, 0.1):
+        rates = []
+        for _ in range(200):
+            one, other = pool[torch.randperm(len(pool))].split([200, 400])
+            d.calibration = one.sort().values
+            rates.append((d.p_values(other) <= a).double().mean())
+        rates = torch.stack(rates)
+        assert a / 3 < rates.mean() <= a + 3 * rates.std() / math.sqrt(200)
+
+
+def test_unknown_images_have_small_p(detector):
+    dark = images(50, 0, 40, seed=3)
+    assert (detector.p_values(detector.predict(dark)) <= 0.02).double().mean() > 0.9
+    assert detector.is_ood(dark, false_alarms=0.01).any() and detector.is_ood(dark).double().mean() > 0.9
+    assert detector.is_ood(images(300, seed=4)).double().mean() < 0.2
+
+
+# How it is fed
+
+def test_tensors_loaders_and_floats_give_the_same_detector(network):
+    known, held_out = images(200), images(200, seed=1)
+    labels, x = torch.arange(200) % 3, images(9, seed=2)
+    one = LayerwiseDetector(network).fit(known, held_out)
+    labelled = DataLoader(TensorDataset(torch.cat([known, images(20, 0, 9)]), torch.cat([labels, -torch.ones(20).long()])), batch_size=33)  # negative labels: left out
+    for a, b in ((labelled, DataLoader(held_out, batch_size=7)), ([known[:150], known[150:]], [(held_out,)]), (to_input(known), to_input(held_out))):
+        other = LayerwiseDetector(network).fit(a, b)
+        assert torch.equal(other.predict(x), one.predict(x)) and other.threshold_ == one.threshold_
+    assert torch.equal(one.predict(to_input(x)), one.predict(x))
+
+
+def test_one_set_is_split(network):
+    d = LayerwiseDetector(network).fit(images(400))
+    assert [len(b.known) for b in d.banks.values()] == [300] * 3 and len(d.calibration) == 50 and d.threshold_ is not None
+
+
+def test_batches_do_not_matter(detector):
+    x = images(700, seed=5)
+    s = detector.predict(x)
+    assert s.dtype == torch.float64 and s.device.type == "cpu" and detector.predict(x[:0]).shape == (0,)
+    torch.testing.assert_close(torch.cat([detector.predict(b) for b in x.split(41)]), s, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(detector.predict(x.flip(0)).flip(0), s, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.cat([detector.predict(i[None]) for i in x[:20]]), s[:20], rtol=1e-3, atol=1e-3)
+
+
+def test_the_seed_decides(network):
+    fit = lambda seed: LayerwiseDetector(network).fit(images(300), images(200, seed=1), bank=100, seed=seed)
+    x = images(20, seed=2)
+    assert torch.equal(fit(3).predict(x), fit(3).predict(x)) and not torch.equal(fit(3).predict(x), fit(4).predict(x))
+
+
+def test_keep_and_bank_and_dimensions(network):
+    d = fit_layerwise(LayerwiseDetector(network), images(300), images(200, seed=1), keep=0.8, bank=70, dimensions=5)
+    assert all(b.known.shape == (70, 5) for b in d.banks.values()) and (d.calibration <= d.threshold_).sum() == 80
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_network_is_left_as_it_was(network, grad):
+    network.train(); network.body.eval()
+    modes, weights = [m.training for m in network.modules()], {k: v.clone() for k, v in network.state_dict().items()}
+    state = torch.get_rng_state()
+    with torch.set_grad_enabled(grad):
+        d = LayerwiseDetector(network).fit(images(100), images(100, seed=1))
+        x = to_input(images(5)).requires_grad_(grad)
+        assert not d.predict(x).requires_grad and not d.verdict(x)["score"].requires_grad
+        assert not d.is_ood(x, 0.05).requires_grad
+        for bad in (torch.zeros(2, 1, 9, 9), torch.full((2, *SHAPE), float("nan"))):
+            with pytest.raises(NiooddError): d.predict(bad)
+    assert [m.training for m in network.modules()] == modes and torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(weights[k], v) for k, v in network.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in network.parameters())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in network.modules())
+
+
+# What goes wrong
+
+@pytest.mark.parametrize("bad, word", [
+    (torch.zeros(8, 8), "shape [8, 8]"), (torch.zeros(SHAPE), "image[None]"), (torch.zeros(2, 3, 8, 8), "[2, 3, 8, 8]"), (torch.zeros(2, 1, 8, 9), "[2, 1, 8, 9]"),
+    (torch.zeros(2, *SHAPE).long(), "int64"), (images(2).float(), "reach"), (torch.full((2, *SHAPE), float("nan")), "NaN")])
+def test_bad_images(detector, bad, word):
+    for ask in (detector.predict, detector.verdict, detector.is_ood):
+        with pytest.raises(NiooddError) as e: ask(bad)
+        assert word in str(e.value) and "\n" not in str(e.value)
+
+
+def test_not_fitted(network, tmp_path):
+    d = LayerwiseDetector(network)
+    for ask in (d.predict, d.is_ood, d.verdict, d.evidence, lambda x: d.p_values(torch.zeros(2)), lambda x: d.save(tmp_path/"no")):
+        with pytest.raises(NiooddError, match="knows no images yet; expected fit"): ask(images(2))
+    assert not (tmp_path/"no").exists()
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, 0.009, float("nan")])
+def test_false_alarms_out_of_range(detector, share):
+    with pytest.raises(NiooddError, match="expected a share from 0.0099 to 1") as e: detector.is_ood(images(2), false_alarms=share)
+    assert "\n" not in str(e.value)
+
+
+def test_too_few_images(network):
+    d = LayerwiseDetector(network)
+    for known, held_out in ((images(100), images(79)), (images(316), None), (images(100), []), ([], None)):
+        with pytest.raises(NiooddError, match="held-out images; expected at least 80"): d.fit(known, held_out)
+    for known, options in ((images(1), {}), ([], {}), (images(50), dict(bank=0)), (images(50), dict(dimensions=0))):
+        with pytest.raises(NiooddError, match="expected at least 2 of each"): d.fit(known, images(80), **options)
+    with pytest.raises(NiooddError, match="shape"): d.fit(torch.zeros(100, 3, 8, 8), images(80))
+    with pytest.raises(NiooddError, match="knows no images"): d.predict(images(2))  # a fit that failed leaves it as it was
+
+
+# Files
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_saved_and_loaded_scores_are_bit_identical(detector, tmp_path, channels_last):
+    if channels_last: detector.model.to(memory_format=torch.channels_last)
+    x = images(100, seed=5)
+    for kind in (Detector, LayerwiseDetector):
+        again = kind.load(detector.save(tmp_path))
+        assert type(again) is LayerwiseDetector and again.arguments() == detector.arguments() and list(again.banks) == list(detector.banks)
+        assert torch.equal(again.predict(x), detector.predict(x)) and torch.equal(again.is_ood(x), detector.is_ood(x))
+        assert torch.equal(again.is_ood(x, 0.05), detector.is_ood(x, 0.05))
+    assert read_detector(tmp_path)[1]["learnt.bank.head"].dtype == torch.float16
+    with pytest.raises(NiooddError, match="unknown kind of detector"): GarbageDetector.load(tmp_path)
+
+
+def test_the_folder_alone_says_which_class(detector, tmp_path):
+    "In a process that has imported nothing but `nioodd.detector`."
+    import subprocess
+    import sys
+    detector.save(tmp_path)
+    code = f"from nioodd.detector import Detector; print(type(Detector.load({str(tmp_path)!r})).__name__)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "LayerwiseDetector"
+
+
+@pytest.mark.parametrize("lost", [["bank.head"], ["basis.head"], ["known.003.head"], ["known.000.energy"], ["calibration"],
+                                  ["bank.head", "basis.head"], ["bank.head", "known.003.head"]])
+def test_a_file_without_one_of_its_parts(detector, tmp_path, lost):
+    description, tensors = read_detector(detector.save(tmp_path))
+    for k in lost: del tensors[f"learnt.{k}"]
+    write_detector(tmp_path, {k: v for k, v in description.items() if k not in ("format", "nioodd", "sha256")}, tensors)
+    with pytest.raises(NiooddError, match="lacks a bank or a distribution") as e: Detector.load(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+# Inside pytorch-ood
+
+class Small(Benchmark):
+    "One ID set of tensors and two OOD sets."
+    ood_names = ["dark", "noise"]
+    known, labels = images(60, 100, 256, seed=1), torch.arange(60) % 3
+    unknown = dict(dark=images(40, 0, 50, seed=2), noise=images(30, seed=3))
+
+    def train_set(self): return TensorDataset(images(400, 100, 256, seed=9), torch.arange(400) % 3)
+
+    def test_sets(self, known=True, unknown=True):
+        return [TensorDataset(torch.cat([self.known, o]), torch.cat([self.labels, -torch.ones(len(o), dtype=torch.long)])) for o in self.unknown.values()]
+
+
+@pytest.mark.parametrize("batch_size", [7, 32])
+def test_drops_into_the_benchmark(network, batch_size):
+    benchmark = Small()
+    network.train()  # as training left it: the benchmark does not switch it
+    d = LayerwiseDetector(network).fit(DataLoader(benchmark.train_set(), batch_size=32))
+    rows = benchmark.evaluate(d, loader_kwargs=dict(batch_size=batch_size))
+    assert [r["Dataset"] for r in rows] == benchmark.ood_names and network.training
+    for r in rows:
+        # the same batches as the benchmark's: a score's last bits depend on the batch it was computed in
+        scores = torch.cat([d.predict(x) for x in torch.cat([benchmark.known, benchmark.unknown[r["Dataset"]]]).split(batch_size)])
+        m = ood_metrics(scores[:60], scores[60:])
+        assert [r["AUROC"], r["AUPR-IN"], r["AUPR-OUT"], r["FPR95TPR"]] == pytest.approx([m["auroc"], m["aupr_in"], m["aupr_out"], m["fpr95_ood_positive"]], rel=0, abs=1e-12)
+    assert rows[0]["AUROC"] > 0.95
+
+
+def test_moved_to_a_device_it_stays_a_detector(detector, tmp_path):
+    "pytorch-ood's `Detector.to` rebuilds tuples and moves tensors."
+    x = images(9, seed=2)
+    s, p = detector.predict(x), detector.p_values(detector.predict(x))
+    assert torch.equal(detector.to("cpu").predict(x), s) and torch.equal(detector.p_values(s), p) and torch.equal(Detector.load(detector.save(tmp_path)).predict(x), s)
+
+
+def test_drops_into_oodmetrics(detector):
+    metrics, i, o = OODMetrics(), images(50), images(50, high=60)
+    for x, y in ((i, torch.zeros(50).long()), (o, -torch.ones(50).long())): metrics.update(detector(x), y)
+    assert metrics.compute()["AUROC"] == pytest.approx(ood_metrics(detector(i), detector(o))["auroc"], abs=1e-12)
