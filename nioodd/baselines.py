@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Scorer', 'BASELINES', 'TEMPERATURES', 'EPSILONS', 'NOT_RUN', 'Fit', 'Baseline', 'check_fit', 'vim_dimension',
-           'odin_logits', 'odin_grid', 'pieces', 'ensemble_score', 'kl_per_image', 'bayes_adapter', 'baseline']
+           'squared_distances', 'odin_logits', 'odin_grid', 'pieces', 'ensemble_score', 'kl_per_image', 'bayes_adapter',
+           'baseline']
 
 # %% ../nbs/24_baselines.ipynb #5f75ad64
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import pytorch_ood.detector as ood
@@ -120,16 +121,15 @@ def _float64() -> Iterator[None]:
 def _bias(layer: nn.Linear) -> Tensor: return layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
 
 def _from_features(name: str, detector: type, build: Callable, how: str = "features", settings: str = "",
-                   which: str = "features", fits: bool = True, double: bool = False) -> None:
-    "`build(layer)` → detector; `how`: its representation in pytorch-ood, `features` or `feature_maps`; `which`: the field of `Outputs` it reads; `double`: in float64."
-    as_it_takes = _maps if how == "feature_maps" else Tensor.double if double else lambda z: z
+                   fits: bool = True) -> None:
+    "`build(layer)` → detector; `how`: its representation in pytorch-ood, `features` or `feature_maps`."
+    as_it_takes = _maps if how == "feature_maps" else lambda z: z
     def make(fit: Fit) -> Scorer:
         check_fit(fit)
         d = build(_frozen(output_layer(fit.model, as_input(fit.images[:2]))).cpu())
-        with _float64() if double else nullcontext():
-            if fits: getattr(d, f"fit_{how}")(as_it_takes(getattr(fit.outputs, which)), fit.labels)
+        if fits: getattr(d, f"fit_{how}")(as_it_takes(fit.outputs.features), fit.labels)
         predict = getattr(d, f"predict_{how}" if how else "predict")
-        return lambda o: _scores(name, (predict(as_it_takes(z)) for z in _parts(getattr(o, which))))
+        return lambda o: _scores(name, (predict(as_it_takes(z)) for z in _parts(o.features)))
     BASELINES[name] = Baseline(name, "outputs", make, _cite(detector), detector.__name__, settings)
 
 def vim_dimension(n_features: int) -> int:
@@ -137,9 +137,6 @@ def vim_dimension(n_features: int) -> int:
     return 1000 if n_features >= 2048 else 512 if n_features >= 768 else n_features // 2
 
 # %% ../nbs/24_baselines.ipynb #19211801
-_from_features("mahalanobis", ood.Mahalanobis, lambda layer: ood.Mahalanobis(None), settings="penultimate features", double=True)
-_from_features("mahalanobis_before", ood.Mahalanobis, lambda layer: ood.Mahalanobis(None), settings="input of the layer before the output layer", which="before", double=True)
-_from_features("rmd", ood.RMD, lambda layer: ood.RMD(None), double=True)
 _from_features("gmm", ood.GMM, lambda layer: ood.GMM(None), settings="ridge 1e-6")
 _from_features("knn", ood.KNN, lambda layer: ood.KNN(None), settings="k = 50 (the paper's for CIFAR-10)")
 _from_features("vim", ood.ViM, lambda layer: ood.ViM(None, vim_dimension(layer.in_features), layer.weight, _bias(layer)), settings="dimension by the paper's rule")
@@ -158,6 +155,31 @@ _from_features("gradnorm", ood.GradNorm, lambda layer: ood.GradNorm(nn.Sequentia
 _from_features("grad_uncertainty", ood.GradUncertainty, lambda layer: ood.GradUncertainty(nn.Sequential(layer)), "", "output layer; no classifier of gradients", fits=False)
 
 # %% ../nbs/24_baselines.ipynb #602d841e
+def squared_distances(mu: Tensor, covariance: Tensor) -> Callable[[Tensor], Tensor]: # float64 [K, D], [D, D] → (z [B, D] → float64 [B, K])
+    "Squared Mahalanobis distances to K means, by one matrix product."
+    whiten = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), torch.eye(len(covariance)).to(covariance), upper=False).T
+    centres = mu @ whiten
+    return lambda z: torch.cdist(z.double() @ whiten, centres, compute_mode="donot_use_mm_for_euclid_dist").square()
+
+def _make_mahalanobis(*layers: str) -> Callable[[Fit], Scorer]: # Fields of `Outputs`
+    def make(fit: Fit) -> Scorer:
+        check_fit(fit)
+        with _float64(): fitted = [ood.Mahalanobis(None).fit_features(getattr(fit.outputs, k).double(), fit.labels) for k in layers]
+        distances = [squared_distances(d.mu, d.cov) for d in fitted]
+        return lambda o: _scores("mahalanobis", [sum(f(getattr(o, k)).amin(1) / 2 for k, f in zip(layers, distances))])
+    return make
+
+def _make_rmd(fit: Fit) -> Scorer:
+    with _float64(): d = ood.RMD(None).fit_features(check_fit(fit).outputs.features.double(), fit.labels)
+    near, background = squared_distances(d.mu, d.cov), squared_distances(d.background_mu[None], d.background_cov)
+    return lambda o: _scores("rmd", [near(o.features).amin(1) - background(o.features)[:, 0]])
+
+for _name, _layers, _what, _kind in (("mahalanobis", ["features"], "penultimate features", ood.Mahalanobis), ("mahalanobis_before", ["before"], "input of the layer before the output layer", ood.Mahalanobis),
+                                     ("mahalanobis_both", ["before", "features"], "equal weights; paper 2's MHB", ood.MultiMahalanobis)):
+    BASELINES[_name] = Baseline(_name, "outputs", _make_mahalanobis(*_layers), _cite(_kind), _kind.__name__, _what)
+BASELINES["rmd"] = Baseline("rmd", "outputs", _make_rmd, _cite(ood.RMD), "RMD")
+
+# %% ../nbs/24_baselines.ipynb #ddcc4a40
 def _make_nac(fit: Fit) -> Scorer:
     check_fit(fit)
     features, layer = nn.Identity(), _frozen(output_layer(fit.model, as_input(fit.images[:2]))).cpu()
@@ -166,14 +188,7 @@ def _make_nac(fit: Fit) -> Scorer:
     d.fit(list(leaves(fit.outputs)))
     return lambda o: _scores("nac", map(d.predict, leaves(o)))
 
-def _make_mahalanobis_both(fit: Fit) -> Scorer:
-    check_fit(fit)
-    layers = lambda o: [o.before.double(), o.features.double()]
-    with _float64(): d = ood.MultiMahalanobis([nn.Identity(), nn.Identity()]).fit_structured(layers(fit.outputs), fit.labels)
-    return lambda o: _scores("mahalanobis_both", (d.predict_structured(list(z)) for z in zip(*map(_parts, layers(o)))))
-
 BASELINES["nac"] = Baseline("nac", "outputs", _make_nac, _cite(ood.NACUE), "NACUE", "penultimate features only; 50 bins, α = 100, O* = 50")
-BASELINES["mahalanobis_both"] = Baseline("mahalanobis_both", "outputs", _make_mahalanobis_both, _cite(ood.MultiMahalanobis), "MultiMahalanobis", "equal weights; paper 2's MHB")
 
 # %% ../nbs/24_baselines.ipynb #3ad2d0b5
 TEMPERATURES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) # ODIN's grid (Liang et al., ICLR 2018, §3)
@@ -189,7 +204,7 @@ def odin_logits(
     "The logits of each image moved by each ε (Liang et al., ICLR 2018, eq. 2); one backward pass, and one forward per ε. Parameters get no gradients."
     found, device = [], next(model.parameters()).device
     for x in images.split(batch_size):
-        x = as_input(x.to(device)).contiguous(memory_format=torch.channels_last)
+        x = as_input(x.to(device)).clone(memory_format=torch.channels_last)
         direction = ood.odin_preprocessing(model, x, eps=1., temperature=temperature, norm_std=[0.5] * x.shape[1]) - x
         with torch.no_grad(): found.append(torch.stack([model(x + e * direction) for e in epsilons]).double().cpu())
     return torch.cat(found, 1)

@@ -21,7 +21,6 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .agreement import measure as measure_named
 from .baselines import BASELINES, Fit, ensemble_score
 from .data import ImageSet, available, load
 from .errors import NiooddError, unknown
@@ -231,6 +230,7 @@ def absent(todo: list[Cell], models: str | os.PathLike = "runs", root: str | os.
     lacking = [(c, _needs(c, models) & gone.keys()) for c in todo]
     return [c for c, names in lacking if names], {o: gone[o] for o in sorted(set().union(*(names for _, names in lacking)))}
 
+# %% ../nbs/26_benchmark.ipynb #cfc7ddd5
 def run_cells(
     todo: list[Cell], # As from `cells`
     out: str | os.PathLike, # Folder of the results

@@ -56,6 +56,7 @@ def _trust_arguments(commands) -> None:
     _common(compare, "root")
     compare.set_defaults(do=_trust_compare)
 
+# %% ../nbs/28_cli.ipynb #0962b805
 def _guard_arguments(commands) -> None:
     guard = commands.add_parser("guard", help="make a trained network a detector: evidence from all its layers, as one p-value", description="Fit the layerwise detector round a trained network that stays as it is.")
     guard.add_argument("model", metavar="MODEL", help="the folder of a `nioodd train` or `nioodd run`")
@@ -218,6 +219,7 @@ def _trust_fit(a: argparse.Namespace) -> int:
           f"\ndetector  {out}")
     return 0
 
+# %% ../nbs/28_cli.ipynb #443f36bb
 def _guard(a: argparse.Namespace) -> int:
     "`nioodd guard`: prints what the threshold rejects and where the detector is."
     if not 0 < a.false_alarms < 1: raise NiooddError(f"--false-alarms is {a.false_alarms}; expected a share between 0 and 1, as 0.01")

@@ -72,7 +72,7 @@ def read_directions(
     layers: Iterable[str], # Listening posts
 ) -> tuple[Tensor, dict[str, Tensor]]: # Logits [B, K]; by layer, float32 [B, D], rows of length 1
     "One forward pass in eval mode: the logits, and what the posts read, as `directions`."
-    x = as_input(x.to(next(model.parameters()).device)).contiguous(memory_format=torch.channels_last)
+    x = as_input(x.to(next(model.parameters()).device)).clone(memory_format=torch.channels_last)
     with eval_mode(model): logits, seen = _reading(model, x, layers)
     return logits, {name: directions(seen[name]) for name in layers}
 

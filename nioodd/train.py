@@ -155,7 +155,7 @@ def each_batch(
     with eval_mode(model):
         for x in tqdm(images.split(batch_size), desc=progress, disable=progress is None, leave=False, mininterval=0.5):
             x = x.to(device)
-            found = compute(model, (to_input(x) if x.dtype == torch.uint8 else x).contiguous(memory_format=torch.channels_last))
+            found = compute(model, (to_input(x) if x.dtype == torch.uint8 else x).clone(memory_format=torch.channels_last))  # of grey images `contiguous` would leave the layout
             if out is None: out = [torch.empty(len(images), *t.shape[1:]) for t in found]  # once: many small results between large temporaries would fragment the heap
             for whole, part in zip(out, found): whole[done:done + len(x)] = part
             done += len(x)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_data import write_cifar, write_svhn
 
-from nioodd import benchmark, train
+from nioodd import benchmark
 from nioodd.benchmark import (DETECTORS, PAPER2, TABLES, Cell, Study, absent, add_rows, better, cell_of, cells, missing, plan, read_rows, refusals, run_cells,
                               scoreboard, summarise)
 from nioodd.cli import main

@@ -56,7 +56,7 @@ def test_score_is_the_log_odds_of_the_last_output(network):
     x = images(7)
     score = GarbageDetector(network, n_known=3).predict(x)
     assert score.dtype == torch.float64 and score.shape == (7,)
-    assert torch.equal(score, garbage_log_odds(network.eval()(to_input(x))))
+    assert torch.equal(score, garbage_log_odds(network.eval()(to_input(x).clone(memory_format=torch.channels_last))))
 
 
 def test_uint8_and_float_images_score_alike(detector):
