@@ -100,7 +100,7 @@ def test_report_has_its_rows():
     lines = report.splitlines()
     rows = [line for line in lines if line.startswith(("msp ", "vim ", "detector "))]
     assert len(rows) == 3 and len({len(r) for r in rows}) == 1           # columns line up
-    for start in ("each detector at least as fast", "same scores to 1e-02", "table of 2 detectors × 3 sets", "LayerwiseDetector: "):
+    for start in ("each detector at least as fast", "same scores to 1e-03", "table of 2 detectors × 3 sets", "LayerwiseDetector: "):
         assert sum(line.startswith(start) and ("met" in line or "MISSED" in line) for line in lines) == 1, start
     assert torch.equal(state, torch.get_rng_state())
 
