@@ -49,10 +49,11 @@ def listening_posts(
     last = {(t.shape[2:] if t.ndim == 4 else name): name for name, t in seen.items()}
     return [name for name in seen if name in last.values()]
 
-def directions(t: Tensor) -> Tensor: # [B, C, H, W] or [B, D] → float32 [B, D'], rows of length 1
-    "What a layer read, as a direction: maps averaged down to 4×4 positions, then flattened, then scaled to length 1."
-    if t.ndim == 4: t = F.adaptive_avg_pool2d(t, [min(4, s) for s in t.shape[2:]])
-    return F.normalize(t.flatten(1).float(), dim=1)
+def directions(t: Tensor) -> dict[str, Tensor]: # [B, C, H, W] → " where" and " what", [B, D] → "": float32 [B, D'], rows of length 1
+    "What a layer read, as directions: a vector as it is; of a map the maxima in 4×4 fields, and the root mean square of each channel."
+    if t.ndim != 4: return {"": F.normalize(t.flatten(1).float(), dim=1)}
+    where, what = F.adaptive_max_pool2d(t, [min(4, s) for s in t.shape[2:]]), t.square().mean((2, 3)).sqrt()
+    return {" where": F.normalize(where.flatten(1).float(), dim=1), " what": F.normalize(what.float(), dim=1)}
 
 # %% ../nbs/25_layerwise.ipynb #b675d8bb
 def subspace(
@@ -69,16 +70,17 @@ def subspace(
 def read_directions(
     model: nn.Module,
     x: Tensor, # uint8 or floating-point [B, C, H, W], see `as_input`
-    layers: Iterable[str], # Listening posts
-) -> tuple[Tensor, dict[str, Tensor]]: # Logits [B, K]; by layer, float32 [B, D], rows of length 1
+    layers: Iterable[str], # Listening posts, with or without what follows a space
+) -> tuple[Tensor, dict[str, Tensor]]: # Logits [B, K]; by layer and what is said there (`body.3 where`), float32 [B, D], rows of length 1
     "One forward pass in eval mode: the logits, and what the posts read, as `directions`."
+    layers = list(dict.fromkeys(name.partition(" ")[0] for name in layers))
     x = as_input(x.to(next(model.parameters()).device)).clone(memory_format=torch.channels_last)
     with eval_mode(model): logits, seen = _reading(model, x, layers)
-    return logits, {name: directions(seen[name]) for name in layers}
+    return logits, {name + kind: u for name in layers for kind, u in directions(seen[name]).items()}
 
 @dataclass(frozen=True)
 class Bank:
-    "The known directions of a layer, in their subspace."
+    "The known directions of one kind at one layer, in their subspace."
     basis: Tensor # float32 [D, d]
     known: Tensor # float32 [M, d]; values that half precision can hold
 
@@ -89,7 +91,7 @@ class Bank:
 def layer_scores(
     model: nn.Module,
     x: Tensor, # uint8 or floating-point [B, C, H, W]
-    banks: dict[str, Bank], # By layer
+    banks: dict[str, Bank], # By what `read_directions` calls it
     n_known: int | None = None, # Outputs that are known classes, the first ones; None: all
 ) -> tuple[Tensor, dict[str, Tensor]]: # Logits [B, n_known]; by name, float64 [B], higher = more OOD; all on the CPU
     "One forward pass: the energy of the logits, and what each bank says."
@@ -210,7 +212,7 @@ def fit_layerwise(
     layers = listening_posts(model, as_input(images[:2].to(next(model.parameters()).device)))
     read = [read_directions(model, b, layers)[1] for b in images[:bank].split(500)]
     detector.banks = {}
-    for k in layers:
+    for k in read[0]:
         u = torch.cat([r[k] for r in read]).cpu()
         basis = subspace(u, dimensions, seed)
         detector.banks[k] = Bank(basis, (u @ basis).half().float())  # rounded as they are saved
