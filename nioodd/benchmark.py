@@ -383,7 +383,7 @@ def compare_all(
     out: str | os.PathLike, # Folder of the results; written is its better/NETWORK-DETECTOR.jsonl
     work: str | os.PathLike = "runs/bench",
     metric: str = "fpr95_id_positive",
-    n: int = 1000,
+    n: int = 200, # Resamples
     progress: bool = True,
 ) -> list[dict]: # A row per cell of another detector that was run: the cell's names, `than`, and what `better` says
     "Is it better? One paired bootstrap per cell. Raises `NiooddError` if scores were not kept."

@@ -92,11 +92,13 @@ def test_a_layer_whose_rows_are_not_the_images_is_passed_over():
 # What is computed, written out
 
 def test_directions_and_subspace():
-    t = torch.rand(5, 3, 9, 7)
+    t = torch.rand(5, 3, 8, 12)
     u = directions(t)
-    assert u.shape == (5, 3 * 4 * 4)
-    torch.testing.assert_close(u.norm(dim=1), torch.ones(5))
-    assert directions(torch.rand(5, 3, 2, 9)).shape == (5, 3 * 2 * 4) and torch.equal(directions(torch.zeros(2, 6)), torch.zeros(2, 6))
+    assert {k: v.shape[1] for k, v in u.items()} == {" where": 3 * 4 * 4, " what": 3}
+    for v in u.values(): torch.testing.assert_close(v.norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(u[" where"], nn.functional.normalize(t.unflatten(3, (4, 3)).unflatten(2, (4, 2)).amax((3, 5)).flatten(1), dim=1))
+    torch.testing.assert_close(u[" what"], nn.functional.normalize(t.square().sum((2, 3)).sqrt(), dim=1))
+    assert directions(torch.rand(5, 3, 2, 9))[" where"].shape == (5, 3 * 2 * 4) and torch.equal(directions(torch.zeros(2, 6))[""], torch.zeros(2, 6))
     u = torch.randn(200, 12) * 0.2 ** torch.arange(12) @ torch.linalg.qr(torch.randn(48, 12))[0].T
     state = torch.get_rng_state()
     v = subspace(u, 4)
@@ -182,7 +184,7 @@ def test_tensors_loaders_and_floats_give_the_same_detector(network):
 
 def test_one_set_is_split(network):
     d = LayerwiseDetector(network).fit(images(400))
-    assert [len(b.known) for b in d.banks.values()] == [300] * 3 and len(d.calibration) == 50 and d.threshold_ is not None
+    assert [len(b.known) for b in d.banks.values()] == [300] * 4 and len(d.calibration) == 50 and d.threshold_ is not None
 
 
 def test_batches_do_not_matter(detector):
@@ -281,8 +283,8 @@ def test_the_folder_alone_says_which_class(detector, tmp_path):
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "LayerwiseDetector"
 
 
-@pytest.mark.parametrize("lost", [["bank.head"], ["basis.head"], ["known.003.head"], ["known.000.energy"], ["calibration"],
-                                  ["bank.head", "basis.head"], ["bank.head", "known.003.head"]])
+@pytest.mark.parametrize("lost", [["bank.head"], ["basis.head"], ["known.004.head"], ["known.000.energy"], ["calibration"],
+                                  ["bank.head", "basis.head"], ["bank.head", "known.004.head"]])
 def test_a_file_without_one_of_its_parts(detector, tmp_path, lost):
     description, tensors = read_detector(detector.save(tmp_path))
     for k in lost: del tensors[f"learnt.{k}"]
