@@ -164,12 +164,17 @@ def use_every_module(folder: Path):
         siblings=lambda m: m.Siblings(model, {"head.weight": torch.full((11, 128), 0.1)}).logits(torch.zeros(2, 1, 28, 28)),
         trust=lambda m: m.TrustIntervals(model).step(torch.zeros(2, 1, 28, 28), torch.tensor([0, 1])),
         compare=lambda m: m.score_rows({"id": torch.randn(3, 9, 4), "ood": torch.randn(3, 9, 4)}, sizes=(2,)),
+        stress=lambda m: m.corrupted(images, "gaussian", 1),
+        outputs=lambda m: m.network_outputs(model, images),
+        baselines=lambda m: m.ensemble_score([loaded["outputs"].network_outputs(model, images)] * 2),
+        layerwise=lambda m: m.LayerwiseDetector(model).fit(images.repeat(4, 1, 1, 1), images.repeat(3, 1, 1, 1)).verdict(images),
+        benchmark=lambda m: m.scoreboard([], "C1", sets=["letters"]),
         show=lambda m: m.png(m.grid(images)),
         cli=lambda m: small_run(m.main),
     )
     for name in modules:
         if name in calls: calls[name](loaded[name])
-        else: assert name in {"garbage", "report", "fit", "bench", "bench_trust"}, f"nothing of {name} is called here"  # small_run calls the first three
+        else: assert name in {"garbage", "report", "fit", "bench", "bench_trust", "bench_detectors"}, f"nothing of {name} is called here"  # small_run calls the first three
 
 
 def small_run(main):
