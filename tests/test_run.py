@@ -96,7 +96,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
         time.sleep(rng.random() * one_round)
         p.kill(); p.join(60)
         kills += p.exitcode == -signal.SIGKILL
-    assert kills >= 4                                   # the last may find the run finished
+    assert kills >= 3                                   # the last may find the run finished
     p = forks.Process(target=work, args=(str(out), True))
     p.start(); p.join(300)
     assert p.exitcode == 0
