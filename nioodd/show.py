@@ -8,8 +8,9 @@ __all__ = ['COLOURS', 'LINES', 'MARKERS', 'HATCHES', 'WRONG', 'MUTED', 'STYLE', 
            'pca', 'tsne', 'embedding']
 
 # %% ../nbs/16_show.ipynb #183ac9fb
+import threading
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from io import BytesIO
 
 import matplotlib
@@ -50,9 +51,12 @@ STYLE = {
     "xtick.labelcolor": "#111111", "ytick.labelcolor": "#111111",
 }
 
-def style() -> AbstractContextManager:
-    "nioodd's plotting style as a context manager (and decorator); the `rcParams` outside stay as they were."
-    return matplotlib.rc_context(STYLE)
+_STYLE = threading.RLock()
+
+@contextmanager
+def style():
+    "nioodd's plotting style as a context manager (and decorator); the `rcParams` outside stay as they were. One thread at a time."
+    with _STYLE, matplotlib.rc_context(STYLE): yield
 
 # %% ../nbs/16_show.ipynb #63f66830
 class Plot(Figure):
