@@ -135,7 +135,7 @@ def _pnn(measure: str, n: int, untrained: bool = False) -> Callable[[Study], Sco
     return make
 
 def _layerwise(study: Study) -> Scores:
-    d = LayerwiseDetector(study.model).fit(study.problem.train.images, study.fit.held_out_images, seed=study.info["seed"])
+    d = LayerwiseDetector(study.model).fit(study.problem.train.images, study.fit.held_out_images, seed=study.info["seed"], progress=study.progress)
     return lambda of: d.predict(study.images(of))
 
 DETECTORS: dict[str, Callable[[Study], Scores]] = dict( # By name; ours first
