@@ -66,6 +66,12 @@ def _guard_arguments(commands) -> None:
     _common(guard, "root", "device")
     guard.set_defaults(do=_guard)
 
+def _export_arguments(commands) -> None:
+    export = commands.add_parser("export", help="a detector as one file: ONNX, or PyTorch's .pt2", description="Write a detector as one file, uint8 images in, verdicts out, and see that it gives the same scores.")
+    export.add_argument("detector", metavar="DETECTOR", help="the folder of a finished run, or of a saved detector")
+    export.add_argument("--out", metavar="FILE", default="detector.onnx", help="ends in .onnx (needs pip install 'nioodd[onnx]') or .pt2; a file that is there is replaced (default %(default)s)")
+    export.set_defaults(do=_export)
+
 def _bench_arguments(commands) -> None:
     benches = commands.add_parser("bench", help="measure: detectors, or this machine").add_subparsers(dest="what", metavar="WHAT", required=True)
     ood = benches.add_parser("ood", help="every detector on every network and set, into result files; runs only what is missing")
@@ -109,8 +115,9 @@ def parser() -> argparse.ArgumentParser:
     _train_arguments(commands)
     _trust_arguments(commands)
     _guard_arguments(commands)
-    score = commands.add_parser("score", help="judge image files", description="Judge image files by a finished run or a saved detector: class, score, OOD yes or no.")
-    score.add_argument("run", metavar="FOLDER", help="the folder of a finished run, or of a saved detector")
+    _export_arguments(commands)
+    score = commands.add_parser("score", help="judge image files", description="Judge image files by a finished run, a saved detector or an exported one: class, score, OOD yes or no.")
+    score.add_argument("run", metavar="DETECTOR", help="the folder of a finished run or of a saved detector, or a file of nioodd export")
     score.add_argument("paths", nargs="+", metavar="PATH", help="image files, or folders of them")
     score.add_argument("--format", choices=("table", "csv", "json"), default="table")
     score.set_defaults(do=_score)
@@ -243,6 +250,16 @@ def _trust_compare(a: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/28_cli.ipynb #c59017a0
+def _export(a: argparse.Namespace) -> int:
+    "`nioodd export`: prints what the file takes and gives, and how far its scores are from the detector's."
+    from nioodd.detector import Detector
+    from nioodd.export import export
+    e = export(Detector.load(a.detector), a.out)
+    d, outputs = e.difference, ", ".join(e.outputs)
+    print(f"uint8 [B, {e.channels}, {e.size}, {e.size}] to {outputs}; scores of {d.images} images differ by {d.score:.0e} at most (relative)\nfile      {e.path}, {e.path.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+# %% ../nbs/28_cli.ipynb #83fc2d39
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 
 def _image_paths(paths: list[str]) -> list[Path]:
@@ -259,9 +276,14 @@ def _score(a: argparse.Namespace) -> int:
     "`nioodd score`: one row per image."
     paths = _image_paths(a.paths)
     from nioodd.data import read_images
-    from nioodd.trust import Detector  # knows every kind of detector
-    detector = Detector.load(a.run)
-    shape = detector.model.arguments
+    if Path(a.run).is_file():
+        from nioodd.export import Exported
+        detector = Exported(a.run)
+        shape = detector.about
+    else:
+        from nioodd.detector import Detector
+        detector = Detector.load(a.run)
+        shape = detector.model.arguments
     verdict = detector.verdict(read_images(paths, size=shape["size"], channels=shape["channels"]))
     classes = detector.classes or [str(i) for i in range(verdict["label"].max() + 1)]
     columns = {"class": [classes[k] for k in verdict.pop("label").tolist()], **{k: v.tolist() for k, v in verdict.items()}}

@@ -95,12 +95,12 @@ def read_directions(
 @dataclass(frozen=True)
 class Bank:
     "The known directions of one kind at one layer, in their subspace."
-    basis: Tensor # float32 [D, d]
-    known: Tensor # float32 [M, d], prototypes of length 1, rounded to what half precision can hold
+    basis: Tensor # float64 [D, d], with values of single precision
+    known: Tensor # float64 [M, d], prototypes of length 1, with values of half precision
 
     def __call__(self, u: Tensor) -> Tensor: # float32 [B, D], rows of length 1 → float64 [B] on the CPU
-        "Minus the largest product with a known one, within the subspace."
-        return -(u @ self.basis.to(u.device) @ self.known.to(u.device).T).amax(1).double().cpu()
+        "Minus the largest product with a known one, within the subspace; in float64, for it may vary by no more than 0.001 among known images."
+        return -(F.normalize(u.double(), dim=1) @ self.basis.to(u.device) @ self.known.to(u.device).T).amax(1).cpu()
 
 def layer_scores(
     model: nn.Module,
@@ -114,24 +114,23 @@ def layer_scores(
 
 # %% ../nbs/25_layerwise.ipynb #8d503a26
 class Surprise:
-    "How unlikely scores are for known images: −log p, empirical up to the 90th percentile of `known`, exponential beyond."
+    "How unlikely scores are for known images: −log p, from quantiles of `known` up to the 90th percentile, exponential beyond."
     def __init__(self, known: Tensor): # float64 [n] scores of ID images, at least 20
         if len(known) < 20: raise NiooddError(f"{len(known)} held-out scores; expected at least 20, better some thousands, for a p-value; hold out more ID images")
         self.known = known.double().sort().values
-        self.u = self.known[math.ceil(0.9 * len(known)) - 1]
-        excess = self.known[self.known > self.u] - self.u
-        self.beta = excess.mean() if len(excess) else self.u.new_tensor(1e-12)
-        self.log_tail = -math.log(max(len(excess), 1) / len(known))
+        knots = self.known.quantile(1 - 10 ** -torch.linspace(0, 1, 17, dtype=torch.float64))
+        excess = self.known[self.known > knots[-1]] - knots[-1]
+        self.start, self.width = knots, torch.cat([knots.diff(), knots.new_tensor([torch.inf])]) # of 16 pieces and of the tail
+        self.slope = torch.cat([math.log(10) / 16 / knots.diff().clamp_min(1e-12), 1 / (excess.mean() if len(excess) else knots.new_tensor(1e-12))[None]])
 
     def __call__(self, scores: Tensor) -> Tensor: # float64 [N] ≥ 0
-        s, n = scores.double(), len(self.known)
-        at_least = n - torch.searchsorted(self.known, s.contiguous())
-        return torch.where(s > self.u, self.log_tail + (s - self.u) / self.beta, -(at_least.clamp_min(1) / n).log())
+        "Each piece adds its slope times how far the score goes into it."
+        return ((scores.double()[:, None] - self.start).clamp_min(0).minimum(self.width) * self.slope).sum(1)
 
 # %% ../nbs/25_layerwise.ipynb #94fa3665
 def _packed(banks: dict[str, Bank], surprise: dict[str, Surprise]) -> dict[str, Tensor]:
-    "Tensors by name; the bank in half precision. Distributions are numbered: the last bits of a sum depend on its order."
-    parts = {f"{what}.{k}": t for k, b in banks.items() for what, t in (("basis", b.basis), ("bank", b.known.half()))}
+    "Tensors by name; bases in single, banks in half precision. Distributions are numbered: the last bits of a sum depend on its order."
+    parts = {f"{what}.{k}": t for k, b in banks.items() for what, t in (("basis", b.basis.float()), ("bank", b.known.half()))}
     return parts | {f"known.{i:03}.{k}": s.known for i, (k, s) in enumerate(surprise.items())}
 
 def _unpacked(tensors: dict[str, Tensor]) -> tuple[dict[str, Bank], dict[str, Surprise], Tensor]:
@@ -141,7 +140,7 @@ def _unpacked(tensors: dict[str, Tensor]) -> tuple[dict[str, Bank], dict[str, Su
     basis, bank = part("basis."), part("bank.")
     if not basis or not {"energy", *basis} == {"energy", *bank} == {*known} or "calibration" not in tensors:
         raise NiooddError("the saved LayerwiseDetector lacks a bank or a distribution; expected all that its save wrote; fit it again and save it")
-    return {k: Bank(basis[k], bank[k].float()) for k in known if k != "energy"}, {k: Surprise(t) for k, t in known.items()}, tensors["calibration"]
+    return {k: Bank(basis[k].double(), bank[k].double()) for k in known if k != "energy"}, {k: Surprise(t) for k, t in known.items()}, tensors["calibration"]
 
 # %% ../nbs/25_layerwise.ipynb #7c31a267
 class LayerwiseDetector(Detector):
@@ -225,7 +224,7 @@ def learn_banks(
             basis[k] = subspace(u, dimensions, seed)
             read[k] = [u @ basis[k]]
         for k, parts in read.items(): within[k] = within.get(k, []) + parts
-    return {k: Bank(basis[k], prototypes(torch.cat(parts), n).half().float()) for k, parts in within.items()} # rounded as they are saved
+    return {k: Bank(basis[k].double(), prototypes(torch.cat(parts), n).half().double()) for k, parts in within.items()} # rounded as they are saved
 
 def fit_layerwise(
     detector: LayerwiseDetector,

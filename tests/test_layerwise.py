@@ -113,7 +113,7 @@ def test_score_written_out(network):
     logits, seen = read_directions(network, x, ["head"])
     u = read_directions(network, known, ["head"])[1]["head"]
     basis = subspace(u, 8)
-    z, s = layer_scores(network, x, {"head": Bank(basis, u @ basis)}, n_known=3)
+    z, s = layer_scores(network, x, {"head": Bank(basis.double(), (u @ basis).double())}, n_known=3)
     plain = nn.functional.normalize(network.features(to_input(x)), dim=1)
     torch.testing.assert_close(seen["head"], plain.detach())
     want = [-max((a @ basis) @ (b @ basis) for b in u) for a in seen["head"]]
@@ -124,19 +124,26 @@ def test_score_written_out(network):
 @pytest.mark.parametrize("n", [20, 25, 1000])
 def test_surprise_is_the_empirical_tail_then_a_line(n):
     known = torch.randn(n, generator=torch.Generator().manual_seed(0)).double()
-    f, at = Surprise(known), torch.linspace(-5, 20, 400).double()
-    s = f(at)
+    f, at = Surprise(known), torch.linspace(-5, 20, 4000, dtype=torch.float64)
+    s, u = f(at), known.quantile(0.9)
     assert (s >= 0).all() and s.isfinite().all() and (s.diff() >= -1e-12).all()
-    below = at <= f.u
-    torch.testing.assert_close(s[below], torch.stack([-((known >= a).sum() / n).log() for a in at[below]]).double(), rtol=1e-6, atol=1e-6)
-    far = s[at > f.u]
-    torch.testing.assert_close(far.diff() * f.beta, at[at > f.u].diff())
+    assert s.diff().max() <= (at[1] - at[0]) * f.slope.max() * (1 + 1e-9)  # no steps
+    assert (f(known.min()[None] - 1) == 0).all()
+    torch.testing.assert_close(f(u[None]), torch.tensor([math.log(10)]).double())
+    for share in (0.5, 0.3, 0.1):  # at the quantiles that it goes through
+        level = 10 ** -(torch.tensor(-math.log10(share) * 16).round() / 16).double()
+        torch.testing.assert_close(f(known.quantile(1 - level)[None]), -level.log()[None])
+    inside = at[(at > known.min()) & (at < u)]
+    counted = torch.stack([-((known >= a).sum() / n).log() for a in inside]).double()
+    assert (f(inside) - counted).abs().max() < (0.9 if n < 30 else 0.1)
+    far = s[at > u]
+    torch.testing.assert_close(far.diff() * (known[known > u] - u).mean(), at[at > u].diff())
     assert (s[at > known.max()] >= 2.2).all() and s[-1] > math.log(n)
 
 
 def test_surprise_of_ties_and_of_too_few():
     f = Surprise(torch.zeros(50).double())
-    assert f(torch.zeros(1).double()) == 0 and f(torch.ones(1).double()).isfinite() and f(torch.ones(1).double()) > 100
+    assert f(torch.zeros(1).double()) == 0 and f(torch.ones(1).double()).isfinite() and f(torch.ones(1).double()) > 100 and f(-torch.ones(1).double()) == 0
     with pytest.raises(NiooddError, match="19 held-out scores"): Surprise(torch.zeros(19))
 
 
