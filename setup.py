@@ -32,7 +32,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={name: [r for part in parts for r in cfg[f"{part}_requirements"].split()]
+                    for name, parts in dict(explore=["explore"], onnx=["onnx"], dev=["dev", "explore", "onnx", "site"]).items()},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

@@ -1,5 +1,6 @@
-"""README.md from nbs/index.ipynb:  python .ci/readme.py  writes it,  --check  exits 1 when it is stale."""
+"""README.md, and its picture nbs/index.png, from nbs/index.ipynb:  python .ci/readme.py  writes them,  --check  exits 1 when they are stale."""
 import argparse
+import base64
 import posixpath
 import re
 import sys
@@ -11,6 +12,7 @@ from nbconvert.preprocessors import Preprocessor
 from nbformat.v4 import new_code_cell, new_markdown_cell
 
 root = Path(__file__).resolve().parents[1]
+picture = root/"nbs"/"index.png"
 shown = ["text/markdown", "text/plain"]  # Of an output's representations, the first there is
 
 
@@ -31,6 +33,7 @@ class Readme(Preprocessor):
 
     def shown(self, cell):
         if cell.cell_type == "markdown": return new_markdown_cell(relinked(cell.source))
+        if alt := re.search(r"^#\|\s*alt:\s*(.+)$", cell.source, re.MULTILINE): return new_markdown_cell(f"![{alt[1]}]({picture.relative_to(root).as_posix()})")
         for output in cell.outputs:
             kinds = {*output.get("data", {})} - {"text/html"}
             if output.get("name") != "stdout" and not (kinds and kinds <= {*shown}):
@@ -39,23 +42,26 @@ class Readme(Preprocessor):
         return new_code_cell(re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE), outputs=cell.outputs)
 
 
-def readme() -> str:
+def readme() -> tuple[str, bytes]: # Its text and its picture, which is the output of the cell with an `#| alt:`
     exporter = MarkdownExporter(preprocessors=[Readme])
     exporter.display_data_priority = shown
     nb = nbformat.read(root/"nbs"/"index.ipynb", as_version=4)
     text = exporter.from_notebook_node(nb)[0]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip()
-    return f"<!-- Generated from nbs/index.ipynb by .ci/readme.py: edit the notebook. -->\n\n{text}\n"
+    drawn = [o.data["image/png"] for cell in nb.cells if re.search(r"^#\|\s*alt:", cell.source, re.MULTILINE) for o in cell.outputs if "image/png" in o.get("data", {})]
+    if len(drawn) != 1: sys.exit(f"nbs/index.ipynb: one picture was expected in the cell with `#| alt:`, not {len(drawn)}")
+    return f"<!-- Generated from nbs/index.ipynb by .ci/readme.py: edit the notebook. -->\n\n{text}\n", base64.b64decode(drawn[0])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when README.md is stale")
     check = parser.parse_args().check
-    file, new = root/"README.md", readme()
-    if file.exists() and file.read_text(encoding="utf-8") == new: return
-    if check: sys.exit("README.md is stale: run `python .ci/readme.py`")
-    file.write_text(new, encoding="utf-8")
+    file, (text, png) = root/"README.md", readme()
+    if file.exists() and file.read_text(encoding="utf-8") == text and picture.exists() and picture.read_bytes() == png: return
+    if check: sys.exit("README.md or nbs/index.png is stale: run `python .ci/readme.py`")
+    file.write_text(text, encoding="utf-8")
+    picture.write_bytes(png)
     print("README.md written")
 
 

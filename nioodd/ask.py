@@ -206,9 +206,9 @@ class Ask(Explorer):
         self.detectors, self.classes, self.size, self.channels = _fitting(detectors, classes, size, channels)
         self.sets = _image_sets(images, self.size, self.channels) if images is not None else {}
         self.networks, self.strokes, self.image, self.answers = networks(self.detectors), [], None, {}
-        self.controls, self.picture, self.table = {}, Picture(), w.HTML()
+        self.controls, self.picture, self.table = {}, Picture(), w.HTML(layout=w.Layout(max_width="100%", overflow="auto hidden"))
         left = w.VBox([*self._source(), *self._dials()], layout=w.Layout(width="340px", min_width="340px", margin="0 16px 0 0"))
-        super().__init__(w.HBox([left, w.VBox([self.picture, self.table], layout=w.Layout(flex="1 1 560px"))], layout=w.Layout(flex_flow="row wrap")))
+        super().__init__(w.HBox([left, w.VBox([self.picture, self.table], layout=w.Layout(flex="1 1 560px", min_width="0"))], layout=w.Layout(flex_flow="row wrap")))
         for c in self.controls.values(): c.observe(self.ask, "value")
         self.ask()
 

@@ -365,10 +365,10 @@ def _page(self: InversionStudio) -> w.Widget:
     button.on_click(self.run_live)
     c["class"].observe(self._class_chosen, "value")
     for s in self.entries: s.observe(self._wish_moved, "value")
-    wish = w.HBox(self.entries, layout=w.Layout(width="340px", overflow="auto hidden"))
+    wish = w.HBox(self.entries, layout=w.Layout(width="340px", min_height="170px", padding="0 0 12px 0", overflow="auto hidden"))
     live = [rule("a live run (moved weights count at once)"), *(c[k] for k in (*"αβγδ", "asks for", "conditioning", "steps")), button]
     left = w.VBox([*([c["round"]] if self.folder else []), c["class"], rule("the wish: how much of each class"), wish, *live],
                   layout=w.Layout(width="350px", min_width="350px", margin="0 16px 0 0"))
-    return w.HBox([left, w.VBox([self.picture], layout=w.Layout(flex="1 1 560px"))], layout=w.Layout(flex_flow="row wrap"))
+    return w.HBox([left, w.VBox([self.picture], layout=w.Layout(flex="1 1 560px", min_width="0"))], layout=w.Layout(flex_flow="row wrap"))
 
 InversionStudio._page = _page

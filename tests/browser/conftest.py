@@ -1,0 +1,144 @@
+"""A headless Chromium, and what it looks at: the site, JupyterLab and voila, each on a free port of this machine only.
+
+Without one of them the tests that need it are skipped, and say what is missing."""
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+root = Path(__file__).resolve().parents[2]
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+
+
+def needs(*modules: str) -> None:
+    "Skips unless all are installed."
+    if missing := [m for m in modules if not find_spec(m)]: pytest.skip(f"{', '.join(missing)} not installed")
+
+
+@pytest.fixture(scope="session")
+def browser():
+    "Chromium: the system's, or else playwright's own."
+    needs("playwright")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        path = next(filter(None, map(shutil.which, NAMES)), None) or p.chromium.executable_path
+        if not Path(path).is_file(): pytest.skip("no Chromium: neither on the PATH nor installed by playwright")
+        chromium = p.chromium.launch(executable_path=path, args=["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else [])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser):
+    "An empty page of 1400×1000. `page.wrong` collects errors of the console and of scripts, `page.asked` the addresses asked for."
+    context = browser.new_context(viewport=dict(width=1400, height=1000))
+    context.set_default_timeout(180_000)  # a notebook is executed meanwhile, maybe on a busy machine; nothing waits that long otherwise
+    page = context.new_page()
+    page.wrong, page.asked = [], []
+    page.on("console", lambda m: page.wrong.append(f"console: {m.text} ({m.location.get('url', '')})") if m.type == "error" else None)
+    page.on("pageerror", lambda e: page.wrong.append(f"script: {e}"))
+    page.on("request", lambda r: page.asked.append(r.url))
+    yield page
+    context.close()
+
+
+@pytest.fixture(scope="session")
+def site_folder(tmp_path_factory) -> Path:
+    "The site as .ci/site.py builds it now."
+    needs("sphinx", "myst_nb", "sphinx_book_theme", "sphinx_copybutton", "sphinx-mathjax-offline")
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run([sys.executable, root/".ci"/"site.py", "--out", folder], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args): "Keeps the tests' output clean."
+
+
+@pytest.fixture(scope="session")
+def site(site_folder) -> str:
+    "Its address."
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site_folder)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def server(folder: Path, ready: str, *command):
+    "Runs a server until the context ends; its address, once `ready` below it answers."
+    port = free_port()
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS": "1"}
+    for kind in ("CONFIG", "DATA", "RUNTIME"): env[f"JUPYTER_{kind}_DIR"] = str(folder/kind.lower())
+    env |= {"JUPYTERLAB_SETTINGS_DIR": str(folder/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder/"workspaces"), "IPYTHONDIR": str(folder/"ipython")}
+    env.pop("MPLBACKEND", None)
+    log = folder/"server.log"
+    with open(log, "w") as out:
+        process = subprocess.Popen([sys.executable, "-m", *command, f"--port={port}"], cwd=folder, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            try:
+                with urlopen(f"http://127.0.0.1:{port}{ready}", timeout=10): break
+            except (URLError, ConnectionError, TimeoutError): pass
+            try: process.wait(0.2)
+            except subprocess.TimeoutExpired: continue
+            break
+        assert process.poll() is None, f"{command[0]} ended:\n{log.read_text()}"
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        try: process.wait(20)
+        except subprocess.TimeoutExpired: process.kill()
+
+
+def copied_notebooks(folder: Path) -> Path:
+    "The notebooks without their outputs: what is seen is what was computed now."
+    import nbformat
+    notebooks = folder/"nbs"
+    notebooks.mkdir()
+    for path in (root/"nbs").glob("[0-9]*.ipynb"):
+        nb = nbformat.read(path, as_version=4)
+        for cell in nb.cells:
+            if cell.cell_type == "code": cell.outputs = []
+        nbformat.write(nb, notebooks/path.name)
+    return notebooks
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory) -> str:
+    "JupyterLab over a copy of the notebooks, without a token, with all cells of a notebook on the page."
+    needs("jupyterlab", "ipywidgets", "jupyterlab_widgets")
+    folder = tmp_path_factory.mktemp("lab")
+    (settings := folder/"settings"/"@jupyterlab"/"notebook-extension").mkdir(parents=True)
+    (settings/"tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))
+    with server(folder, "/api/status", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={copied_notebooks(folder)}",
+                "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly",
+                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=none") as address: yield address
+
+
+@pytest.fixture(scope="session")
+def voila(tmp_path_factory) -> str:
+    "voila over a copy of the notebooks, without jupytext's extension, which wants a part of JupyterLab that voila has not."
+    needs("voila", "ipywidgets")
+    folder = tmp_path_factory.mktemp("voila")
+    with server(folder, "/voila/static/voila.js", "voila", str(copied_notebooks(folder)), "--no-browser", "--Voila.ip=127.0.0.1", "--show_tracebacks=True",
+                "--VoilaConfiguration.extension_denylist=jupyterlab-jupytext") as address: yield address

@@ -1,0 +1,78 @@
+"""Every explorer, as its notebook shows it, in JupyterLab and under voila: a slider is moved, the picture changes, nothing goes wrong."""
+import re
+
+import pytest
+from conftest import root
+
+SLIDERS = {"31_threshold_desk": "threshold", "32_sibling_explorer": "image", "33_ask": "morph", "34_inversion_studio": "round"}  # one of each, by its label
+OPEN = """async path => {
+  const app = window.jupyterapp;
+  await app.restored;
+  const doc = await app.commands.execute('docmanager:open', {path});
+  await doc.context.ready;
+  await doc.context.sessionContext.ready;
+  await app.commands.execute('notebook:run-all-cells');
+}"""
+# The pictures of the explorer that has the slider: what their bytes add up to, or null while one is not there yet
+BYTES = """async slider => {
+  let box = slider;
+  while (box && !box.querySelector('img.widget-image')) box = box.parentElement;
+  const found = [];
+  for (const img of box?.querySelectorAll('img.widget-image') ?? []) {
+    if (!img.complete || !img.naturalWidth) return null;
+    const digest = await crypto.subtle.digest('SHA-256', await (await fetch(img.src)).arrayBuffer());
+    found.push(Array.from(new Uint8Array(digest), b => b.toString(16).padStart(2, '0')).join(''));
+  }
+  return found.join(' ') || null;
+}"""
+
+
+def settled(page, slider) -> str:
+    "The pictures' bytes, once they have been the same for half a second: all are drawn and on the page."
+    page.evaluate("() => { window.seen = null }")
+    return page.wait_for_function(f"async slider => {{ const now = await ({BYTES})(slider), same = now !== null && now === window.seen; window.seen = now; return same && now; }}",
+                                  arg=slider, polling=500).json_value()
+
+
+def until(page, slider, condition: str, bytes: str) -> str:
+    "The pictures' bytes (`now`) as soon as they fulfil a condition."
+    return page.wait_for_function(f"async ([slider, bytes]) => {{ const now = await ({BYTES})(slider); return now !== null && {condition} && now; }}", arg=[slider, bytes]).json_value()
+
+
+def moved(page, notebook: str) -> None:
+    "Moves the slider by its keys, one step there and one back; the pictures follow, and are then what they were."
+    row = page.locator(".widget-slider", has=page.locator(".widget-label", has_text=SLIDERS[notebook])).last
+    row.wait_for()
+    row.scroll_into_view_if_needed()
+    slider, handle = row.element_handle(), row.locator(".noUi-handle").first
+    first = settled(page, slider)
+    handle.focus()
+    handle.press("ArrowRight")
+    until(page, slider, "now !== bytes", first)
+    settled(page, slider)
+    handle.press("ArrowLeft")
+    until(page, slider, "now === bytes", first)
+
+
+def notebook_or_skip(name: str) -> str:
+    if not (root/"nbs"/f"{name}.ipynb").is_file(): pytest.skip(f"there is no nbs/{name}.ipynb")
+    return name
+
+
+@pytest.mark.parametrize("name", SLIDERS)
+def test_in_jupyterlab(page, lab, name):
+    page.goto(f"{lab}/lab?reset")
+    page.wait_for_function("() => window.jupyterapp")
+    page.evaluate(OPEN, f"{notebook_or_skip(name)}.ipynb")
+    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr'] .ansi-red-fg, .jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    moved(page, name)
+    assert not page.wrong, page.wrong
+
+
+@pytest.mark.parametrize("name", SLIDERS)
+def test_under_voila(page, voila, name):
+    page.route(re.compile(r"https://cdn\."), lambda route: route.fulfill(content_type="text/css", body=""))  # its icons; the tests need no network
+    page.goto(f"{voila}/voila/render/{notebook_or_skip(name)}.ipynb")
+    moved(page, name)
+    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], .voila-error").count() == 0
+    assert not page.wrong, page.wrong

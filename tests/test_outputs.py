@@ -1,0 +1,114 @@
+"""The comparison of outputs (.ci/outputs.py), and what every committed notebook must be."""
+import importlib.util
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+root = Path(__file__).resolve().parents[1]
+spec = importlib.util.spec_from_file_location("ci_outputs", root/".ci"/"outputs.py")
+outputs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(outputs)
+
+PNG = "iVBORw0KGgo="  # the first bytes of one
+BAR = " 40%|████      | 4/10 [00:01<00:02,  2.7it/s]"
+
+
+def printed(text, name="stdout"): return new_output("stream", text=text, name=name)
+def picture(**data): return new_output("display_data", data={"image/png": PNG, "text/plain": "<Figure size 1x1>"} | data)
+def notebook(*outs): return new_notebook(cells=[new_markdown_cell("# one"), new_code_cell("#| export\nf()", outputs=[*outs])])
+def differ(was, now, **kwargs): return outputs.text_differences(was, now, kwargs.pop("tolerance", 0.05), **kwargs)
+
+
+@pytest.mark.parametrize("was, now", [
+    ("accuracy 0.9731", "accuracy 0.9702"),                          # a network that was trained on another processor
+    ("of 40 digits  1 rejected", "of 40   digits 1 rejected"),       # columns
+    ("1,811,946 parameters", "1811946 parameters"),
+    ("1.2e-06, −3e-07", "4.5e-06, 1e-08"),                           # rounding errors
+    ("0.1", "0.2"),                                                  # the last digit shown
+    ("FPR95 3.2%", "FPR95 4.9%"),                                    # two points
+    ("12 ms per image, 0.7s, 3 min", "48 ms per image, 1.9s, 5 min"),
+    ('{"epoch": 1, "seconds": 0.7801}', '{"epoch": 1, "seconds": 12.3}'),
+    ("1,791 images/s on one core, 1.39 forwards", "95 images/s on one core, 4.1 forwards"),
+    ("in /tmp/tmpab12cd34/run", "in /tmp/tmpzz98yy76/run"),
+    ("<object at 0x7f12ab>", "<object at 0x55aa00>"),
+    (f"{BAR}\nready", "ready"),
+])
+def test_same(was, now): assert differ(was, now) == []
+
+
+@pytest.mark.parametrize("was, now", [
+    ("accuracy 0.97", "accuracy 0.87"), ("accuracy 0.97", "precision 0.97"), ("3 of 5", "4 of 5"), ("FPR95 3%", "FPR95 6%"), ("-0.9", "0.9"),
+    ("one line", "one line\nand another"), ("C1 is best", "C3 is best"), ("shape [64, 10]", "shape [10, 64]"), ("yes", ""), ("nan", "0.5"), ("True", "False"),
+])
+def test_different(was, now): assert len(differ(was, now)) >= 1
+
+
+def test_tolerance():
+    assert differ("1.00", "1.08") and not differ("1.00", "1.08", tolerance=0.1)
+
+
+def test_speeds():
+    "In a notebook about speed no number counts, words do."
+    assert not differ("C1 1,234 2.10 met", "C1 99 0.50 MISSED", speeds=True) and differ("C1 1,234", "C3 1,234", speeds=True)
+
+
+def test_a_line_more_is_told_alone():
+    found = differ("a 1\nb 2\nc 3", "a 1\nx\nb 2\nc 3")
+    assert found == ["committed: (nothing)\n      now: x"]
+
+
+def test_cells():
+    same = outputs.differences(notebook(printed("a\n"), printed("b"), picture()), notebook(printed("a\nb"), picture()))  # streams are cut anywhere
+    assert same == []
+    lost, = outputs.differences(notebook(picture(), picture()), notebook(picture()))
+    assert lost.startswith("cell 1, f()") and "2 pictures" in lost
+    said, = outputs.differences(notebook(printed("a")), notebook(printed("a"), printed("DeprecationWarning: no", "stderr")))
+    assert "DeprecationWarning" in said
+    assert outputs.differences(notebook(printed("a")), notebook(printed("a"), printed(BAR, "stderr"))) == []
+    table = lambda n: new_output("execute_result", data={"text/html": f"<style>b {{}}</style><b>{n}</b>", "text/plain": "<IPython.core.display.HTML object>"})
+    assert outputs.differences(notebook(table(1)), notebook(table(1))) == [] and outputs.differences(notebook(table(1)), notebook(table(7)))
+
+
+def test_committed_form():
+    widget = {outputs.WIDGET: {"model_id": "1"}}
+    nb = notebook(picture(**widget), new_output("display_data", data=widget | {"text/plain": "HBox(children=(…))"}), printed(f"\r{BAR}\r{BAR}", "stderr"), printed("said"))
+    nb.metadata["widgets"] = {"state": {}}
+    assert outputs.faults(nb, 0)
+    kept = outputs.committed_form(nb).cells[1].outputs
+    assert [sorted(o.get("data", {})) for o in kept] == [["image/png", "text/plain"], []] and kept[1].text == "said" and outputs.faults(nb, 0) == []
+
+
+def test_faults():
+    error = new_output("error", ename="ValueError", evalue="no", traceback=[])
+    for nb, word in ((notebook(error), "ValueError"), (notebook(picture(**{"image/png": "bm90IG9uZQ=="})), "not image/png"), (notebook(printed(BAR, "stderr")), "progress bar")):
+        assert any(word in f for f in outputs.faults(nb, 1)), word
+    assert "1,500,001 bytes" in outputs.faults(notebook(), 1_500_001)[0]
+
+
+@pytest.mark.parametrize("path", outputs.all_notebooks(), ids=lambda p: p.stem)
+def test_committed_notebook(path):
+    "Small enough, without errors, widgets and progress bars; every picture is one."
+    assert outputs.faults(nbformat.read(path, as_version=4), path.stat().st_size) == []
+
+
+def test_executes_and_compares(tmp_path, monkeypatch, capsys):
+    "From the command line: in place, then --check; a changed output is found."
+    path = tmp_path/"one.ipynb"
+    source = "import nioodd\nfrom IPython.display import display, Image\nimport base64\nfor t in range(3): print('step', t)\n0.25"
+    nbformat.write(new_notebook(cells=[new_code_cell(source)], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}), path)
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["outputs.py", *args, str(path)])
+        with pytest.raises(SystemExit) as e: outputs.main()
+        return e.value.code
+    assert run() == 0
+    nb = nbformat.read(path, as_version=4)
+    assert nb.cells[0].outputs[0].text.split() == "step 0 step 1 step 2".split() and nb.cells[0].execution_count is None
+    assert run("--check") == 0
+    nb.cells[0].outputs[0].text = "step 0\nstep 1\nstop 2\n"
+    nbformat.write(nb, path)
+    capsys.readouterr()
+    assert run("--check") and "committed: stop 2\n      now: step 2" in capsys.readouterr().out
