@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from difflib import SequenceMatcher
 from html import unescape
 from pathlib import Path
@@ -177,21 +178,24 @@ def main():
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when an output differs")
     parser.add_argument("--tolerance", type=float, default=0.05, metavar="SHARE", help="by which numbers may differ (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time (default %(default)s)")
     args = parser.parse_args()
     if not (args.notebooks or args.check): parser.error("name the notebooks to execute in place (or --check)")
-    bad = 0
-    for path in map(Path.absolute, args.notebooks or all_notebooks()):
-        if not path.is_file(): sys.exit(f"{path} is not there")
+    paths = [p.absolute() for p in args.notebooks or all_notebooks()]
+    if gone := [p for p in paths if not p.is_file()]: sys.exit(f"{gone[0]} is not there")
+
+    def one(path: Path) -> bool: # Is it at fault?
         name, started = path.with_suffix("").relative_to(root/"nbs").as_posix() if (root/"nbs") in path.parents else path.stem, time.perf_counter()
         if why := missing_data(name):
             print(f"skipped {name}: {why}", flush=True)
-            continue
+            return False
         if args.check: found = check(path, name, args.tolerance)
         else:
             write(execute(path), path)
             found = faults(nbformat.read(path, as_version=4), path.stat().st_size)
-        bad += bool(found)
-        print(f"{'DIFFERS' if found and args.check else 'FAULTY' if found else 'ok'} {name}, {time.perf_counter() - started:.0f} s", *found, sep="\n  ", flush=True)
+        print("\n  ".join([f"{'DIFFERS' if found and args.check else 'FAULTY' if found else 'ok'} {name}, {time.perf_counter() - started:.0f} s", *found]), flush=True)
+        return bool(found)
+    with ThreadPoolExecutor(args.jobs) as pool: bad = sum(pool.map(one, paths)) # each notebook is executed in a process of its own
     sys.exit(f"{bad} notebooks are not as they should be" if bad else 0)
 
 

@@ -182,7 +182,7 @@ class LayerwiseDetector(Detector):
         if false_alarms is None: return self.rejects(self.predict(x))
         p, least = self.p_values(self.predict(x)), 1 / (1 + len(self.calibration))
         if not least <= false_alarms < 1:
-            raise NiooddError(f"false_alarms is {false_alarms}; expected a share from {least:.2g} to 1, as 0.01; {len(self.calibration)} held-out images give no smaller p-value: hold out more")
+            raise NiooddError(f"false_alarms is {false_alarms}; expected a share from {least:.2g} to 1, as 0.01; {len(self.calibration)} images to calibrate by (half of those held out) give no smaller p-value: hold out more")
         return p <= false_alarms
 
     def verdict(self, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`

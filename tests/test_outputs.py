@@ -32,7 +32,7 @@ def differ(was, now, **kwargs): return outputs.text_differences(was, now, kwargs
     ("12 ms per image, 0.7s, 3 min", "48 ms per image, 1.9s, 5 min"),
     ('{"epoch": 1, "seconds": 0.7801}', '{"epoch": 1, "seconds": 12.3}'),
     ("1,791 images/s on one core, 1.39 forwards", "95 images/s on one core, 4.1 forwards"),
-    ("in /tmp/tmpab12cd34/run", "in /tmp/tmpzz98yy76/run"),
+    ("in /var/folders/tmpab12cd34/run", "in /var/folders/tmpzz98yy76/run"),
     ("<object at 0x7f12ab>", "<object at 0x55aa00>"),
     (f"{BAR}\nready", "ready"),
 ])

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 root = Path(__file__).resolve().parents[1]
 modules = sorted(p.stem for p in (root/"nioodd").glob("*.py") if not p.stem.startswith("_"))
-developer_tools = {"nbdev", "fastcore", "execnb", "IPython"}
+developer_tools = {"nbdev", "fastcore", "execnb"}  # IPython comes with ipywidgets, which the explorers need
 
 
 def run(*command, **kwargs):
@@ -72,13 +72,14 @@ def test_every_import_is_required():
     required, distributions = {Requirement(r).name for r in requirements}, packages_distributions()
     for file in (root/"nioodd").glob("*.py"):
         tree = ast.parse(file.read_text())
+        looked_for = {*re.findall(r'find_spec\("(\w+)"\) is None', file.read_text())}
         optional = {n for t in ast.walk(tree) if isinstance(t, ast.Try) and any(isinstance(h.type, ast.Name) and h.type.id == "ImportError" for h in t.handlers) for n in t.body}
         for node in ast.walk(tree):
             if node in optional: continue
             if isinstance(node, ast.Import): names = [a.name for a in node.names]
             elif isinstance(node, ast.ImportFrom) and not node.level: names = [node.module]
             else: continue
-            for name in {n.partition(".")[0] for n in names} - sys.stdlib_module_names - {"nioodd"}:
+            for name in {n.partition(".")[0] for n in names} - sys.stdlib_module_names - {"nioodd"} - looked_for:
                 assert required & {*distributions.get(name, [])}, f"{file.name} imports {name}, which settings.ini does not require"
 
 
@@ -168,6 +169,12 @@ def use_every_module(folder: Path):
         outputs=lambda m: m.network_outputs(model, images),
         baselines=lambda m: m.ensemble_score([loaded["outputs"].network_outputs(model, images)] * 2),
         layerwise=lambda m: m.LayerwiseDetector(model).fit(images.repeat(4, 1, 1, 1), images.repeat(3, 1, 1, 1)).verdict(images),
+        export=lambda m: m.traced(loaded["detector"].GarbageDetector(model, threshold=0.0), 28, 1),
+        explore=lambda m: m.Explorer().wait(),
+        threshold_desk=lambda m: m.ThresholdDesk(torch.randn(9), torch.randn(9)).wait(),
+        sibling_explorer=lambda m: m.SiblingExplorer(model, images, images, labels).wait(),
+        ask=lambda m: m.judgement(loaded["detector"].GarbageDetector(model, threshold=0.0), images[:1]),
+        inversion_studio=lambda m: m.InversionStudio(model, images).wait(),
         benchmark=lambda m: m.scoreboard([], "C1", sets=["letters"]),
         show=lambda m: m.png(m.grid(images)),
         cli=lambda m: small_run(m.main),
