@@ -236,7 +236,7 @@ def _guard(a: argparse.Namespace) -> int:
     if out.is_dir() and any(out.iterdir()): raise NiooddError(f"{out} is not empty; give the name of a new folder to --out")
     model, _, problem = folder_problem(a.model, a.data, a.root)
     held_out, test = problem.held_out or problem.test, problem.test
-    detector = LayerwiseDetector(model.to(_device(a.device)), problem.train.classes, problem.n_known).fit(problem.train.images, held_out.images, keep=1 - a.false_alarms)
+    detector = LayerwiseDetector(model.to(_device(a.device)), problem.train.classes, problem.n_known).fit(problem.train.images, held_out.images, keep=1 - a.false_alarms, progress=True)
     detector.save(out)
     print(f"threshold at {a.false_alarms:.2%} false alarms by {len(held_out)} held-out images; on the {len(test)} test images {detector.is_ood(test.images).double().mean():.2%}\ndetector  {out}")
     return 0
