@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'CANVAS', 'judgement', 'from_strokes', 'morphed', 'spoilt', 'networks', 'answer_picture', 'verdict_table',
-           'Ask']
+           'Ask', 'FileDrop']
 
 # %% ../nbs/33_ask.ipynb #a7e603a8
 import html
@@ -12,9 +12,11 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 
+import anywidget
 import ipywidgets as w
 import numpy as np
 import torch
+import traitlets
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -234,7 +236,7 @@ def _taken(self: Ask, now: dict, strokes: list) -> Tensor | None: # uint8 [1, C,
 
 def _asked(self: Ask, step, now: dict, strokes: list):
     image = self._taken(now, strokes)
-    if image is None: return lambda: self.say("choose an image file")
+    if image is None: return lambda: self.say("drop or choose an image file")
     if now.get("morph"): image = morphed(image, self.sets[now["to set"]][now["to index"]][None], now["morph"])
     image = spoilt(image, self.detectors[now["network"]].model, now["noise"], now["attack"])
     answers = {}
@@ -250,6 +252,44 @@ def _asked(self: Ask, step, now: dict, strokes: list):
 Ask._taken, Ask._asked = _taken, _asked
 
 # %% ../nbs/33_ask.ipynb #76e88d2c
+class FileDrop(anywidget.AnyWidget):
+    "A field to drop an image file on, or to choose one by a click. `value`: [], or [dict(name=…, content=bytes of the file)]."
+    value = traitlets.List().tag(sync=True)
+    _esm = """
+    function render({ model, el }) {
+      el.innerHTML = `<label class="nioodd-drop"><img alt=""><span></span><input type="file" accept="image/*"></label>`
+      const label = el.firstChild, [img, words, input] = label.children
+      const shown = () => {
+        const file = model.get("value")[0]
+        URL.revokeObjectURL(img.src)
+        img.hidden = !file
+        img.src = file ? URL.createObjectURL(new Blob([file.content])) : ""
+        words.textContent = file ? file.name : "Drop an image file here, or click to choose one"
+      }
+      const take = async file => {
+        if (!file) return
+        if (file.size > 9e6) { words.textContent = `${file.name} has ${(file.size / 1e6).toFixed(1)} MB; expected 9 at most; make it smaller`; return }
+        model.set("value", [{ name: file.name, content: new DataView(await file.arrayBuffer()) }])
+        model.save_changes()
+      }
+      input.onchange = () => { take(input.files[0]); input.value = "" }
+      label.ondragover = e => { e.preventDefault(); label.classList.add("over") }
+      label.ondragleave = () => label.classList.remove("over")
+      label.ondrop = e => { e.preventDefault(); e.stopPropagation(); label.classList.remove("over"); take(e.dataTransfer.files[0]) }
+      model.on("change:value", shown)
+      shown()
+      return () => { model.off("change:value", shown); URL.revokeObjectURL(img.src) }
+    }
+    export default { render }
+    """
+    _css = """
+    .nioodd-drop { display: flex; align-items: center; justify-content: center; gap: 10px; width: 300px; height: 96px; padding: 6px; box-sizing: border-box;
+      border: 2px dashed #8888; border-radius: 8px; cursor: pointer; overflow-wrap: anywhere; }
+    .nioodd-drop:hover, .nioodd-drop.over, .nioodd-drop:focus-within { border-color: #0072B2; background: #0072B218; }
+    .nioodd-drop img { max-width: 40%; max-height: 100%; } .nioodd-drop input { position: absolute; opacity: 0; width: 1px; }
+    """
+
+# %% ../nbs/33_ask.ipynb #7e395034
 def _choice(self: Ask, prefix: str, name: str, start: int) -> list[w.Widget]:
     "A menu of the sets and a slider over the images of the chosen one, as controls `{prefix}set` and `{prefix}index`."
     sets = list(self.sets)
@@ -261,13 +301,12 @@ def _choice(self: Ask, prefix: str, name: str, start: int) -> list[w.Widget]:
     return [menu, index]
 
 def _source(self: Ask) -> list[w.Widget]:
-    ways = [("one of these", "image"), ("drawing", "drawing"), ("file", "file")][0 if self.sets else 1:]
+    ways = [("image set", "image"), ("drawing", "drawing"), ("file", "file")][0 if self.sets else 1:]
     source = w.ToggleButtons(options=ways, value="image" if self.sets else "drawing", style=dict(button_width="98px"))
     source.layout.margin = "0 0 6px 0"
     centre, negative = (w.Checkbox(value=v, description=d, indent=False) for v, d in ((True, "scaled and centred, as MNIST is"), (False, "negative: ink on paper → light on dark")))
-    upload = w.FileUpload(accept="image/*", description="image file", layout=w.Layout(width="160px"))
-    self.controls |= dict(source=source, centre=centre, file=upload, negative=negative)
-    panes = ([w.VBox(self._choice("", "from", 0))] if self.sets else []) + [w.VBox([*self._canvas(), centre]), w.VBox([upload, negative])]
+    self.controls |= dict(source=source, centre=centre, file=FileDrop(), negative=negative)
+    panes = ([w.VBox(self._choice("", "from", 0))] if self.sets else []) + [w.VBox([*self._canvas(), centre]), w.VBox([self.controls["file"], negative])]
     stack = w.Stack(panes, selected_index=source.index)
     source.observe(lambda c: setattr(stack, "selected_index", c.new), "index")
     return [source, stack]

@@ -2,7 +2,6 @@
 import io
 import threading
 import time
-from datetime import datetime
 
 import numpy as np
 import pytest
@@ -154,18 +153,18 @@ def test_a_file_is_read_and_a_bad_one_is_named(ask):
     ask.controls["source"].value = "file"
     ask.wait()
     assert "choose" in ask.message.value
-    entry = dict(name="a.png", type="image/png", size=1, last_modified=datetime.now(), content=memoryview(file.getvalue()))
-    ask.controls["file"].value = (entry,)
+    entry = dict(name="a.png", content=memoryview(file.getvalue()))
+    ask.controls["file"].value = [entry]
     ask.wait()
     light = ask.image
     assert light.shape == (1, 1, 8, 8)
     ask.controls["negative"].value = True
     ask.wait()
     assert torch.equal(ask.image, 255 - light)
-    ask.controls["file"].value = (entry | dict(name="b.png", content=memoryview(b"no image")),)
+    ask.controls["file"].value = [entry | dict(name="b.png", content=memoryview(b"no image"))]
     with pytest.raises(NiooddError, match="b.png"): ask.wait()
     assert "b.png" in ask.message.value
-    ask.controls["file"].value = (entry,)
+    ask.controls["file"].value = [entry]
     ask.wait()
 
 

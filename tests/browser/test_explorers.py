@@ -54,6 +54,30 @@ def moved(page, notebook: str) -> None:
     until(page, slider, "now === bytes", first)
 
 
+# A small picture, dropped as a file manager drops it
+DROP = """async field => {
+  const canvas = new OffscreenCanvas(28, 28), pen = canvas.getContext('2d');
+  pen.fillRect(0, 0, 28, 28);
+  pen.fillStyle = 'white';
+  pen.fillRect(12, 4, 4, 20);
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([await canvas.convertToBlob()], 'bar.png', { type: 'image/png' }));
+  for (const kind of ['dragover', 'drop']) field.dispatchEvent(new DragEvent(kind, { dataTransfer, bubbles: true, cancelable: true }));
+}"""
+
+
+def dropped(page) -> None:
+    "Drops an image file on the field for files; the picture follows, and the field shows what it holds."
+    button = page.locator(".widget-toggle-button", has_text=re.compile("^file$")).last
+    button.click()
+    field, handle = page.locator(".nioodd-drop").last, button.element_handle()
+    field.wait_for()
+    before = settled(page, handle)
+    field.evaluate(DROP)
+    until(page, handle, "now !== bytes", before)
+    assert field.locator("span").inner_text() == "bar.png" and field.locator("img").evaluate("async img => { await img.decode(); return img.naturalWidth }") == 28
+
+
 def notebook_or_skip(name: str) -> str:
     if not (root/"nbs"/f"{name}.ipynb").is_file(): pytest.skip(f"there is no nbs/{name}.ipynb")
     return name
@@ -66,6 +90,7 @@ def test_in_jupyterlab(page, lab, name):
     page.evaluate(OPEN, f"{notebook_or_skip(name)}.ipynb")
     assert page.locator("[data-mime-type='application/vnd.jupyter.stderr'] .ansi-red-fg, .jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
     moved(page, name)
+    if name == "33_ask": dropped(page)
     assert not page.wrong, page.wrong
 
 
@@ -74,5 +99,6 @@ def test_under_voila(page, voila, name):
     page.route(re.compile(r"https://cdn\."), lambda route: route.fulfill(content_type="text/css", body=""))  # its icons; the tests need no network
     page.goto(f"{voila}/voila/render/{notebook_or_skip(name)}.ipynb")
     moved(page, name)
+    if name == "33_ask": dropped(page)
     assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], .voila-error").count() == 0
     assert not page.wrong, page.wrong
