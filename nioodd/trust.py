@@ -180,6 +180,7 @@ class TrustIntervals:
         self.scale = scales(model, which, norm)
         self.rho = {k: _inverse_softplus(s) for k, s in uniform_sigma(model, sigma_init, which, norm).items()}
         self.highest = {k: _inverse_softplus(torch.tensor(sigma_max * s)).item() for k, s in self.scale.items()}
+        self.parts: dict[tuple, int] = {} # See `_part`
         self.optimiser = torch.optim.RMSprop(self.rho.values(), 0.01, eps=1e-16)
 
     def sigma(self) -> dict[str, Tensor]:
@@ -214,12 +215,27 @@ class TrustIntervals:
         return learn(self, loader, held_out, **options)
 
 # %% ../nbs/15_trust.ipynb #7005e19f
+def _kept_bytes(model: nn.Module, weights: dict[str, Tensor], x: Tensor) -> int: # What autograd keeps of a forward pass
+    sizes = []
+    def note(t): sizes.append(t.nbytes); return t
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): call_with(model, weights, x)
+    return sum(sizes)
+
+def _part(trust: TrustIntervals, siblings: list[dict[str, Tensor]], x: Tensor) -> int:
+    "Images at a time. On a CPU 32, 64 or 128, as autograd keeps 400 MB of them at most, found out once for each shape."
+    if x.device.type != "cpu" or len(x) <= 32: return len(x) or 1
+    key = (len(siblings), *x.shape[1:])
+    if key not in trust.parts:
+        image = _kept_bytes(trust.model, siblings[0], x[:2]) - _kept_bytes(trust.model, siblings[0], x[:1])
+        trust.parts[key] = next(n for n in (128, 64, 32) if n == 32 or n * len(siblings) * image <= 4e8)
+    return trust.parts[key]
+
 def _data_gradient(trust: TrustIntervals, siblings: list[dict[str, Tensor]], x: Tensor, y: Tensor, lambda1: float) -> tuple[Tensor, list[Tensor]]:
     "NLL and ΣVar as float [2], and the gradient of NLL + λ₁ ΣVar by every weight of every sibling."
     leaves = [w.requires_grad_() for s in siblings for w in s.values()]
     total, gradient = 0., None
-    part = 64 if x.device.type == "cpu" else len(x)
     with eval_mode(trust.model):
+        part = _part(trust, siblings, x)
         for a, b in zip(x.split(part), y.split(part)):
             terms = nll_and_variance(torch.stack([call_with(trust.model, s, a) for s in siblings]), b)
             share = len(b) / len(y)
@@ -228,6 +244,9 @@ def _data_gradient(trust: TrustIntervals, siblings: list[dict[str, Tensor]], x: 
             if gradient is None: gradient = list(g)
             else: torch._foreach_add_(gradient, g)
     return total, gradient
+
+def _pieces(flat: Tensor, like: list[Tensor]) -> list[Tensor]: # In the shapes and memory layouts of `like`
+    return [t.as_strided(a.shape, a.stride()) for t, a in zip(flat.split([a.numel() for a in like]), like)]
 
 def learning_step(
     trust: TrustIntervals,
@@ -247,18 +266,23 @@ def learning_step(
     _at_least("lambda2", lambda2, 0, "a negative weight would shrink the intervals to nothing")
     rho = [r.detach().requires_grad_() for r in trust.rho.values()]
     sigma = [F.softplus(r) for r in rho]
-    R = REGULARISERS[regulariser](torch.cat([(s / c).flatten() for s, c in zip(sigma, trust.scale.values())]))
+    relative = torch.empty(sum(r.numel() for r in rho), dtype=rho[0].dtype, device=rho[0].device)
+    for r, s, c in zip(_pieces(relative, rho), sigma, trust.scale.values()): torch.div(s.detach(), c, out=r)
+    R = REGULARISERS[regulariser](relative.requires_grad_())
     own = dict(trust.model.named_parameters())
     noise = [draw(trust.rho, trust.distribution) for _ in range(draws)]
-    siblings = [{k: own[k].detach().clone().addcmul_(s.detach(), e[k]) for k, s in zip(trust.rho, sigma)} for e in noise] # clone: keeps the memory layout
+    plus = lambda w, s, e: torch.addcmul(w, s, e, out=torch.empty_like(w)) # In the memory layout of w, also where its strides do not tell
+    siblings = [{k: plus(own[k].detach(), s.detach(), e[k]) for k, s in zip(trust.rho, sigma)} for e in noise]
     data, gradient = _data_gradient(trust, siblings, x, y, lambda1)
     terms = dict(zip(("nll", "variance", "regulariser", "loss"), torch.stack([*data, R.detach(), data[0] + lambda1 * data[1] + lambda2 * R.detach()]).tolist()))
     for name, value in terms.items():
         if value - value: raise NiooddError(f"the {name} of the trust intervals became {value}; expected a finite number; lower sigma_init or lr (it is {lr}), or check the images for NaN")
     of = [gradient[i:i + len(rho)] for i in range(0, len(gradient), len(rho))] # sibling by sibling
-    by_sigma = torch._foreach_mul(of[0], list(noise[0].values()))
+    by_sigma = of[0]
+    torch._foreach_mul_(by_sigma, list(noise[0].values()))
     for g, e in zip(of[1:], noise[1:]): torch._foreach_addcmul_(by_sigma, g, list(e.values()))
-    for r, g in zip(trust.rho.values(), torch.autograd.grad([lambda2 * R, *sigma], rho, [torch.ones_like(R), *by_sigma])): r.grad = g
+    for g, r, c in zip(by_sigma, _pieces(torch.autograd.grad(R, relative)[0], rho), trust.scale.values()): g.add_(r, alpha=lambda2 / c)
+    for r, g in zip(trust.rho.values(), torch.autograd.grad(sigma, rho, by_sigma)): r.grad = g
     trust.optimiser.param_groups[0]["lr"] = lr
     trust.optimiser.step()
     for k, r in trust.rho.items(): r.clamp_(max=trust.highest[k])
