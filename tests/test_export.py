@@ -12,7 +12,7 @@ from nioodd.agreement import MEASURES
 from nioodd.cli import main
 from nioodd.detector import Detector, GarbageDetector
 from nioodd.errors import NiooddError
-from nioodd.export import LACKING, TOLERANCE, Exported, Verdict, compare, describe, export, export_onnx, export_program, traced
+from nioodd.export import LACKING, TOLERANCE, Exported, Verdict, compare, describe, export, traced
 from nioodd.layerwise import LayerwiseDetector
 from nioodd.models import ARCHITECTURES, Classifier
 from nioodd.trust import TrustIntervalDetector, uniform_sigma
@@ -121,7 +121,7 @@ def test_siblings_that_are_certain(tmp_path):
     net, x = flat(10.0), images(300, seed=4)
     d = TrustIntervalDetector(net, uniform_sigma(net, 1e-4), threshold=0.0)
     assert d.predict(x).amin() < -50
-    assert export_onnx(d, tmp_path / "d.onnx", size=8, channels=1, images=x).difference.score <= 1e-5
+    assert export(d, tmp_path / "d.onnx", size=8, channels=1, images=x).difference.score <= 1e-5
 
 
 def test_a_detector_of_ones_own_with_a_verdict(network, suffix, tmp_path):
@@ -223,7 +223,7 @@ def test_errors_in_one_line(network, detectors, tmp_path):
     assert "neither .onnx nor .pt2" in one_line(export, detectors["garbage"], tmp_path / "d.zip")
     assert "this network takes [N, 1, 8, 8]" in one_line(export, detectors["garbage"], out, size=9)
     assert not list(tmp_path.iterdir())
-    e = export_program(detectors["garbage"], out)
+    e = export(detectors["garbage"], out)
     for bad in (images(2).float(), images(2, shape=(1, 9, 8)), images(2)[0]): assert "takes uint8 [B, 1, 8, 8]" in one_line(e.verdict, bad)
     assert "cannot read" in one_line(Exported, tmp_path / "missing.pt2")
     out.write_bytes(out.read_bytes()[:500])
@@ -239,7 +239,7 @@ def test_without_onnx_one_line(detectors, tmp_path, monkeypatch):
         if name.startswith("onnx"): raise ImportError(name)
         return real(name, *args)
     monkeypatch.setattr("nioodd.export.import_module", absent)
-    assert "pip install 'nioodd[onnx]'" in one_line(export_onnx, detectors["garbage"], tmp_path / "d.onnx")
+    assert "pip install 'nioodd[onnx]'" in one_line(export, detectors["garbage"], tmp_path / "d.onnx")
     (tmp_path / "e.onnx").write_bytes(b"x")
     assert "pip install 'nioodd[onnx]'" in one_line(Exported, tmp_path / "e.onnx")
     assert export(detectors["garbage"], tmp_path / "d.pt2").difference.score <= 1e-5
