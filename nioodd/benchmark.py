@@ -109,7 +109,9 @@ class Study:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not (folder / "detector.json").is_file():
-                fit_problem(self.problem, self.model, TrustOptions(seed=self.info["seed"]), self.progress)[0].save(folder)
+                checkpoint = folder.with_name(f"{folder.name}.learning.safetensors") # To go on from
+                fit_problem(self.problem, self.model, TrustOptions(seed=self.info["seed"]), self.progress, checkpoint)[0].save(folder)
+                checkpoint.unlink()
         return TrustIntervalDetector.load(folder)
 
 # %% ../nbs/26_benchmark.ipynb #3316f0d5

@@ -43,6 +43,7 @@ def _trust_arguments(commands) -> None:
     fit.add_argument("model", metavar="MODEL", nargs="?", help="the folder of a `nioodd train` or `nioodd run`")
     fit.add_argument("--data", metavar="NAME", help="in-distribution set (default: what the network was trained on)")
     fit.add_argument("--out", metavar="FOLDER", help="the detector's folder (default: MODEL-trust)")
+    fit.add_argument("--resume", action="store_true", help="go on after the last check of a learning that was interrupted")
     _common(fit, "root", "device", "set", "fields")
     fit.set_defaults(do=_trust_fit)
     compare = steps.add_parser("compare", help="siblings and their measures beside plain scores and untrained noise, into a JSON file")
@@ -220,7 +221,10 @@ def _trust_fit(a: argparse.Namespace) -> int:
     options = with_values(TrustOptions(), a.settings)
     out = a.out or f"{a.model.rstrip('/')}-trust"
     words = ["trust", "fit", Path(a.model).name] + (["--data", a.data] if a.data else [])
-    fit = fit_folder(a.model, out, options, data=a.data, root=a.root, device=_device(a.device), details=dict(command=_said(words, options, TrustOptions())))
+    command = _said(words, options, TrustOptions())
+    try: fit = fit_folder(a.model, out, options, data=a.data, root=a.root, device=_device(a.device), resume=a.resume, details=dict(command=command))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"the intervals of the last check are kept; go on with: {command.replace(shlex.quote(words[2]), shlex.quote(a.model), 1)} --resume --out {shlex.quote(str(out))}") from None
     last = fit["rows"][-1]
     print(f"{last['stopped']} ({last['step']}); accuracy on {fit['watched']} images {last['original_accuracy']:.2%}, of siblings {last['sibling_accuracy']:.2%}; σ {last['strength']:.2f} × a layer's spread of weights"
           f"\ndetector  {out}")

@@ -56,6 +56,7 @@ def fit_problem(
     model: nn.Module,
     options: TrustOptions = TrustOptions(),
     progress: bool = True,
+    checkpoint: str | os.PathLike | None = None, # See `nioodd.trust.learn`
 ) -> tuple[TrustIntervalDetector, list[dict]]: # Without a threshold yet; and the rows of `learn`
     "Learn intervals around `model` on the images of a problem, and make the detector. Outputs beyond the known classes (garbage) are left out of the score."
     o, train, held_out, n = options, problem.train, problem.held_out, problem.n_known
@@ -63,7 +64,7 @@ def fit_problem(
         raise NiooddError(f"the network has {outputs} outputs, but {train.name} has {n} classes; expected as many, or one more for garbage; give the set it was trained on with --data")
     trust = TrustIntervals(model, o.which, o.norm, o.sigma_init, o.sigma_max, o.distribution)
     loader = DataLoader(TensorDataset(train.images, train.labels), o.batch_size, shuffle=True, drop_last=len(train) > o.batch_size)
-    rows = trust.fit(loader, None if held_out is None else (held_out.images[:2000], held_out.labels[:2000]), steps=o.steps, seed=o.seed, progress=progress,
+    rows = trust.fit(loader, None if held_out is None else (held_out.images[:2000], held_out.labels[:2000]), steps=o.steps, seed=o.seed, progress=progress, checkpoint=checkpoint,
                      regulariser=o.regulariser, lambda1=o.lambda1, lambda2=o.lambda2, draws=o.draws, lr=o.lr)
     return TrustIntervalDetector(model, trust, o.measure, o.members, o.seed, o.distribution, classes=train.classes, n_known=n), rows
 
@@ -81,29 +82,34 @@ def folder_problem(
 
 def fit_folder(
     folder: str | os.PathLike, # Of a `nioodd train` or a `nioodd run`
-    out: str | os.PathLike, # The detector's folder; must not hold anything
+    out: str | os.PathLike, # The detector's folder; must not hold anything, but for what `resume` goes on from
     options: TrustOptions = TrustOptions(),
     *,
     data: str | None = None, # ID set; None: the one the network was trained on
     root: str | os.PathLike | None = None,
     device: str = "cpu",
+    resume: bool = False, # Go on after the last check of a learning that was interrupted
     details: dict | None = None, # More for fit.json: command
     progress: bool = True,
 ) -> dict: # fit.json: options, rows, where network and figures come from
-    """Learn trust intervals for the network in `folder` and leave the detector and fit.json in `out`; nothing is written before all is learnt.
+    """Learn trust intervals for the network in `folder` and leave the detector and fit.json in `out`; before all is learnt there is only `learning.safetensors`, to go on from.
 
     The threshold keeps 95 % of the held-out images, or of the test images if none were held out."""
     out = Path(out)
-    if out.is_dir() and any(out.iterdir()): raise NiooddError(f"{out} is not empty; give the name of a new folder to --out")
+    checkpoint, there = out / "learning.safetensors", sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    if there and not (resume and there == [checkpoint.name]):
+        raise NiooddError(f"{out} is not empty; " + ("a learning was interrupted there: go on with --resume, or give another --out" if there == [checkpoint.name] else "give the name of a new folder to --out"))
+    if resume and not there: raise NiooddError(f"{out} holds no learning that was interrupted; expected {checkpoint.name} in it; leave --resume out")
     model, info, problem = folder_problem(folder, data, root)
     start = time.perf_counter()
-    detector, rows = fit_problem(problem, model.to(device), options, progress)
+    detector, rows = fit_problem(problem, model.to(device), options, progress, checkpoint)
     detector.threshold(detector.predict((problem.test if problem.held_out is None else problem.held_out).images))
     fit = dict(details or {}, model=Path(folder).name, **{f"model_{k}": info.get(k) for k in ("seed", "commit", "command", "sha256", "accuracy")}, data=problem.train.name,
                options=asdict(options), id_set=data or (info["recipe"]["data"] if "recipe" in info else info["config"]["id_set"]),
                watched="held-out" if problem.held_out is not None else "training", threshold_from=f"{problem.train.name} ({'held-out' if problem.held_out is not None else 'test'} images)", rows=rows, seconds=time.perf_counter() - start, **provenance(device))
     detector.save(out)
     write_atomic(out / "fit.json", json.dumps(fit, indent=1) + "\n")
+    checkpoint.unlink()
     return fit
 
 # %% ../nbs/20_fit.ipynb #9bafa8ef

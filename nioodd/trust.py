@@ -28,7 +28,7 @@ from .detector import Detector, as_input
 from .errors import NiooddError, unknown
 from .scores import uncertainty
 from .siblings import DISTRIBUTIONS, Siblings, call_with
-from .train import eval_mode, load_tensors, save_tensors
+from .train import eval_mode, load_tensors, optimiser_tensors, restore_optimiser, save_tensors
 
 # %% ../nbs/15_trust.ipynb #c4f2557f
 WHICH = ("all", "conv", "head") # Every layer, convolutions only, the output layer only
@@ -338,6 +338,26 @@ def _warn(row: dict, options: dict) -> None:
                       f"{100 * ACCURACY_TO_LOSE:.1f}; lower lambda2 (it is {options.get('lambda2', 0.02)}), sigma_init or sigma_max, or learn for more steps if they are still gaining", stacklevel=4)
 
 # %% ../nbs/15_trust.ipynb #66eee4fa
+def _keep(trust: TrustIntervals, file: str | os.PathLike, begun: dict, rows: list[dict], saved: deque) -> None:
+    tensors = {f"rho/{k}": r for k, r in trust.rho.items()} | {f"saved/{i}/{k}": r for i, s in enumerate(saved) for k, r in s.items()}
+    save_tensors(file, tensors | optimiser_tensors(trust.optimiser, "optimiser/"), dict(begun=begun, rows=rows))
+
+def _kept(trust: TrustIntervals, file: str | os.PathLike | None, begun: dict, watched: list, n: int) -> tuple[list[dict], deque]:
+    "The rows and the last n states that `_keep` wrote, and ρ and its optimiser as they were; nothing if there is no file."
+    if file is None or not Path(file).is_file(): return [], deque(maxlen=n)
+    tensors, meta = load_tensors(file)
+    if (was := meta.get("begun")) != begun:
+        other = ", ".join(f"{k}: {was.get(k)} → {begun.get(k)}" for k in sorted({*was, *begun}) if was.get(k) != begun.get(k)) if was else "no trust intervals"
+        raise NiooddError(f"{file} was begun in another way ({other}); expected the same; give it, or another folder")
+    _check_fit(trust.model, {k.removeprefix("rho/"): r for k, r in tensors.items() if k.startswith("rho/")})
+    for k, r in trust.rho.items(): r.copy_(tensors[f"rho/{k}"])
+    restore_optimiser(trust.optimiser, tensors, "optimiser/")
+    saved = deque(({k: tensors[f"saved/{i}/{k}"].to(r.device) for k, r in trust.rho.items()} for i in range(min(n, len(meta["rows"])))), maxlen=n)
+    if abs(check(trust, watched)["held_out_nll"] - meta["rows"][-1]["held_out_nll"]) > 1e-4:
+        raise NiooddError(f"{file} was begun with another network or other images; expected the same; give it, or another folder")
+    return meta["rows"], saved
+
+# %% ../nbs/15_trust.ipynb #00943788
 def learn(
     trust: TrustIntervals,
     loader: Iterable, # Batches (x, y) of ID images, see `labelled`
@@ -349,24 +369,34 @@ def learn(
     rise: float = 0.01, # See `why_stop`
     seed: int = 0, # Of the order of the loader and of the draws
     progress: bool = True,
+    checkpoint: str | os.PathLike | None = None, # A file to write at each check; if it is there, learning goes on from it
     **options, # Of `learning_step`: regulariser, lambda1, lambda2, draws, lr
 ) -> list[dict]: # A row per check: `step`, means of the terms since the last one, and what `check` found; the last one's `stopped` says why
-    "Learns the intervals by (5) (paper 2, §4). Warns where siblings lose accuracy. Errors as `labelled` and `learning_step`."
+    """Learns the intervals by (5) (paper 2, §4). Warns where siblings lose accuracy. Errors as `labelled` and `learning_step`, and for a checkpoint of something else.
+
+    On a CPU, and with a loader whose order depends on torch's random stream alone, what was interrupted and went on ends bit-identical."""
     todo = len(loader) if steps is None and hasattr(loader, "__len__") else steps
     if todo is None: raise NiooddError("the loader has no length; expected steps=...; say how many steps to make")
     _at_least("steps", todo, 1, "leave it out for one pass over the loader, which must not be empty")
-    device, rows, terms, stopped = next(iter(trust.rho.values())).device, [], [], None
-    saved: deque = deque(maxlen=patience + 1) # ρ at the last checks
+    device, terms, stopped = next(iter(trust.rho.values())).device, [], None
+    begun = dict(trust.options, steps=todo, check_every=check_every, patience=patience, rise=rise, seed=seed, **options)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         n_outputs = _first(loader, trust.model, device)
         watched = _held_out(held_out, loader, 1000, n_outputs, device)
         batches = _cycled(loader)
-        for i in tqdm(range(todo + 1), desc="trust intervals", disable=not progress, leave=False):
-            if i: terms.append(trust.step(*labelled(next(batches), n_outputs, device), **options))
+        rows, saved = _kept(trust, checkpoint, begun, watched, patience + 1) # `saved`: ρ at the last checks
+        done = rows[-1]["step"] if rows else 0
+        for _ in range(done): # What was drawn in these steps is drawn again
+            next(batches)
+            for _ in range(options.get("draws", 2)): draw(trust.rho, trust.distribution)
+        for i in tqdm(range(done, todo + 1), desc="trust intervals", disable=not progress, leave=False, initial=done, total=todo + 1):
+            if i > done: terms.append(trust.step(*labelled(next(batches), n_outputs, device), **options))
             if i % check_every and i < todo: continue
-            rows.append(dict(step=i) | {k: sum(t[k] for t in terms) / len(terms) for k in (terms or [()])[0]} | check(trust, watched))
-            saved.append({k: r.clone() for k, r in trust.rho.items()})
+            if i > done or not rows:
+                rows.append(dict(step=i) | {k: sum(t[k] for t in terms) / len(terms) for k in (terms or [()])[0]} | check(trust, watched))
+                saved.append({k: r.clone() for k, r in trust.rho.items()})
+                if checkpoint is not None: _keep(trust, checkpoint, begun, rows, saved)
             terms = []
             if stopped := why_stop([(r["held_out_nll"], r["held_out_variance"]) for r in rows], patience, rise): break
     if stopped:

@@ -113,6 +113,30 @@ def test_fit_of_a_run_uses_its_images(tmp_path):
     assert fit["data"] == "digits5k" and fit["threshold_from"] == "digits5k (held-out images)" and fit["watched"] == "held-out"
 
 
+def test_an_interrupted_learning_goes_on(plain, tmp_path, capsys, monkeypatch):
+    options = TrustOptions(steps=30, batch_size=64)
+    want = fit_folder(plain, tmp_path / "whole", options, progress=False)
+    step, made = TrustIntervals.step, []
+    def interrupted(self, *args, **kwargs):
+        if len(made) == 27: raise KeyboardInterrupt
+        made.append(1)
+        return step(self, *args, **kwargs)
+    out = tmp_path / "cut"
+    with monkeypatch.context() as m:
+        m.setattr(TrustIntervals, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt): fit_folder(plain, out, options, progress=False)
+    assert [p.name for p in out.iterdir()] == ["learning.safetensors"]
+    settings = ["--set", "steps=30", "--set", "batch_size=64", "--out", str(out)]
+    assert "--resume" in error(capsys, "trust", "fit", plain, *settings)
+    assert "steps: 30 → 31" in error(capsys, "trust", "fit", plain, "--resume", "--set", "steps=31", *settings[2:])
+    assert "no learning" in error(capsys, "trust", "fit", plain, "--resume", *settings[:-1], tmp_path / "new")
+    assert main(["trust", "fit", str(plain), "--resume", *settings]) == 0
+    got = json.loads((out / "fit.json").read_text())
+    assert got["rows"] == want["rows"] and not (out / "learning.safetensors").exists()
+    a, b = (Detector.load(f) for f in (tmp_path / "whole", out))
+    assert all(torch.equal(v, b.learnt()[k]) for k, v in a.learnt().items()) and a.threshold_ == b.threshold_
+
+
 def test_garbage_for_certain_is_not_known():
     "Siblings that agree on garbage must not be taken for siblings that know the image."
     net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
