@@ -224,6 +224,7 @@ def _trust_fit(a: argparse.Namespace) -> int:
     command = _said(words, options, TrustOptions())
     try: fit = fit_folder(a.model, out, options, data=a.data, root=a.root, device=_device(a.device), resume=a.resume, details=dict(command=command))
     except KeyboardInterrupt:
+        if not (Path(out) / "learning.safetensors").is_file(): raise
         raise KeyboardInterrupt(f"the intervals of the last check are kept; go on with: {command.replace(shlex.quote(words[2]), shlex.quote(a.model), 1)} --resume --out {shlex.quote(str(out))}") from None
     last = fit["rows"][-1]
     print(f"{last['stopped']} ({last['step']}); accuracy on {fit['watched']} images {last['original_accuracy']:.2%}, of siblings {last['sibling_accuracy']:.2%}; σ {last['strength']:.2f} × a layer's spread of weights"

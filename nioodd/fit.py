@@ -96,10 +96,11 @@ def fit_folder(
 
     The threshold keeps 95 % of the held-out images, or of the test images if none were held out."""
     out = Path(out)
-    checkpoint, there = out / "learning.safetensors", sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-    if there and not (resume and there == [checkpoint.name]):
-        raise NiooddError(f"{out} is not empty; " + ("a learning was interrupted there: go on with --resume, or give another --out" if there == [checkpoint.name] else "give the name of a new folder to --out"))
-    if resume and not there: raise NiooddError(f"{out} holds no learning that was interrupted; expected {checkpoint.name} in it; leave --resume out")
+    checkpoint = out / "learning.safetensors"
+    begun = checkpoint.is_file()
+    if out.is_dir() and any(out.iterdir()) and not (resume and begun):
+        raise NiooddError(f"{out} is not empty; " + ("a learning was interrupted there: go on with --resume, or give another --out" if begun else "give the name of a new folder to --out"))
+    if resume and not begun: raise NiooddError(f"{out} holds no learning that was interrupted; expected {checkpoint.name} in it; leave --resume out")
     model, info, problem = folder_problem(folder, data, root)
     start = time.perf_counter()
     detector, rows = fit_problem(problem, model.to(device), options, progress, checkpoint)
