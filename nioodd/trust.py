@@ -230,10 +230,11 @@ def _part(trust: TrustIntervals, siblings: list[dict[str, Tensor]], x: Tensor) -
         trust.parts[key] = next(n for n in (128, 64, 32) if n == 32 or n * len(siblings) * image <= 4e8)
     return trust.parts[key]
 
-def _data_gradient(trust: TrustIntervals, siblings: list[dict[str, Tensor]], x: Tensor, y: Tensor, lambda1: float) -> tuple[Tensor, list[Tensor]]:
-    "NLL and ΣVar as float [2], and the gradient of NLL + λ₁ ΣVar by every weight of every sibling."
+# %% ../nbs/15_trust.ipynb #c983805b
+def _data_gradient(trust: TrustIntervals, siblings: list[dict[str, Tensor]], noise: list[dict[str, Tensor]], x: Tensor, y: Tensor, lambda1: float) -> tuple[Tensor, list[Tensor]]:
+    "NLL and ΣVar as float [2], and the gradient of NLL + λ₁ ΣVar by σ."
     leaves = [w.requires_grad_() for s in siblings for w in s.values()]
-    total, gradient = 0., None
+    total, by_sigma = 0., [torch.zeros_like(r) for r in trust.rho.values()]
     with eval_mode(trust.model):
         part = _part(trust, siblings, x)
         for a, b in zip(x.split(part), y.split(part)):
@@ -241,10 +242,10 @@ def _data_gradient(trust: TrustIntervals, siblings: list[dict[str, Tensor]], x: 
             share = len(b) / len(y)
             g = torch.autograd.grad(share * (terms[0] + lambda1 * terms[1]), leaves)
             total = total + share * torch.stack(terms).detach()
-            if gradient is None: gradient = list(g)
-            else: torch._foreach_add_(gradient, g)
-    return total, gradient
+            for i, e in enumerate(noise): torch._foreach_addcmul_(by_sigma, g[i * len(e):(i + 1) * len(e)], list(e.values()))
+    return total, by_sigma
 
+# %% ../nbs/15_trust.ipynb #b1855220
 def _pieces(flat: Tensor, like: list[Tensor]) -> list[Tensor]: # In the shapes and memory layouts of `like`
     return [t.as_strided(a.shape, a.stride()) for t, a in zip(flat.split([a.numel() for a in like]), like)]
 
@@ -273,14 +274,10 @@ def learning_step(
     noise = [draw(trust.rho, trust.distribution) for _ in range(draws)]
     plus = lambda w, s, e: torch.addcmul(w, s, e, out=torch.empty_like(w)) # In the memory layout of w, also where its strides do not tell
     siblings = [{k: plus(own[k].detach(), s.detach(), e[k]) for k, s in zip(trust.rho, sigma)} for e in noise]
-    data, gradient = _data_gradient(trust, siblings, x, y, lambda1)
+    data, by_sigma = _data_gradient(trust, siblings, noise, x, y, lambda1)
     terms = dict(zip(("nll", "variance", "regulariser", "loss"), torch.stack([*data, R.detach(), data[0] + lambda1 * data[1] + lambda2 * R.detach()]).tolist()))
     for name, value in terms.items():
         if value - value: raise NiooddError(f"the {name} of the trust intervals became {value}; expected a finite number; lower sigma_init or lr (it is {lr}), or check the images for NaN")
-    of = [gradient[i:i + len(rho)] for i in range(0, len(gradient), len(rho))] # sibling by sibling
-    by_sigma = of[0]
-    torch._foreach_mul_(by_sigma, list(noise[0].values()))
-    for g, e in zip(of[1:], noise[1:]): torch._foreach_addcmul_(by_sigma, g, list(e.values()))
     for g, r, c in zip(by_sigma, _pieces(torch.autograd.grad(R, relative)[0], rho), trust.scale.values()): g.add_(r, alpha=lambda2 / c)
     for r, g in zip(trust.rho.values(), torch.autograd.grad(sigma, rho, by_sigma)): r.grad = g
     trust.optimiser.param_groups[0]["lr"] = lr

@@ -365,3 +365,25 @@ def test_drops_into_the_benchmark(detector, network):
 def test_bad_detectors(network, make, word):
     with pytest.raises(NiooddError, match=word) as e: make(network)
     assert "\n" not in str(e.value)
+
+
+def test_weights_that_share_a_gradient():
+    "Autograd returns one tensor for both terms of a sum, and a spread-out number for a mean; in several parts."
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.Parameter(torch.randn(s)) for s in ((3, 4), (3, 4), (5,)))
+        def forward(self, x): return nn.functional.linear(x.flatten(1), self.a + self.b) * self.c.mean()
+    torch.manual_seed(0)
+    trust, x, y = TrustIntervals(Sum(), sigma_init=0.3), torch.randn(300, 1, 2, 2), torch.randint(3, (300,))
+    rho = {k: r.clone().requires_grad_() for k, r in trust.rho.items()}
+    torch.manual_seed(1)
+    z = []
+    for e in [draw(trust.rho) for _ in range(2)]:
+        a, b, c = (w.detach() + nn.functional.softplus(rho[k]) * e[k] for k, w in trust.model.named_parameters())
+        z.append(nn.functional.linear(x.flatten(1), a + b) * c.mean())
+    loss = -torch.stack(z).log_softmax(-1)[:, range(300), y].mean() + 2 * torch.stack(z).softmax(-1).var(0).sum(1).mean()
+    torch.manual_seed(1)
+    trust.step(x, y, lambda1=2.0, lambda2=0.0)
+    assert trust.parts == {(2, 1, 2, 2): 128}
+    for k, want in zip(rho, torch.autograd.grad(loss, rho.values())): assert torch.allclose(trust.rho[k].grad, want, rtol=1e-3, atol=1e-6), k
