@@ -24,7 +24,7 @@ from .detector import GarbageDetector
 from .errors import NiooddError
 from .generator import Generator
 from .inversion import Inverted, Weights, cosine_loss, draw, frozen, train_generator
-from .metrics import accuracy_all, known_accuracy, ood_metrics, rejected_at_argmax
+from .metrics import accepted, accuracy_all, aurc, auroc, ece, known_accuracy, ood_metrics, rejected_at_argmax
 from .models import Classifier
 from .outliers import family_names, outliers
 from .scores import garbage_log_odds, uncertainty
@@ -74,15 +74,18 @@ def judge(
     id_labels: Tensor, # int64 [N]
     ood_logits: dict[str, Tensor], # Name → float32 [M, K]
 ) -> dict:
-    "ID accuracy and rejection, and every OOD set's detection at argmax and metrics of the garbage log-odds (fractions)."
-    known = id_logits.shape[1] - 1
-    rejected = id_logits.argmax(1) == known
-    scores = garbage_log_odds(id_logits)
-    row = dict(id=dict(accuracy_known=known_accuracy(id_logits, id_labels), rejected=rejected.double().mean().item(),
-                       accuracy_all=accuracy_all(id_logits, id_labels), ue=uncertainty(id_logits).mean().item()), ood={})
+    """ID accuracy and rejection, and every OOD set's detection at argmax and metrics of the garbage log-odds (fractions); of each set how many images were taken for which output (`predicted`).
+
+    What the uncertainty estimate U is good for: its mean (`ue`), the area under the risk–coverage curve by U (`aurc`; right is the label, and garbage for an OOD image), the expected calibration error (`ece`), and the AUROC of U as a detector (`ue_auroc`)."""
+    known, u = id_logits.shape[1] - 1, uncertainty(id_logits)
+    scores, taken = garbage_log_odds(id_logits), id_logits.argmax(1)
+    counts = lambda outputs: outputs.bincount(minlength=known + 1).tolist()
+    row = dict(id=dict(accuracy_known=known_accuracy(id_logits, id_labels), rejected=rejected_at_argmax(id_logits), accuracy_all=accuracy_all(id_logits, id_labels), ue=u.mean().item(),
+                       aurc=aurc(u, taken == id_labels), ece=ece(id_logits.double().softmax(1), id_labels), predicted=counts(taken)), ood={})
     for name, z in ood_logits.items():
-        row["ood"][name] = dict(detected=rejected_at_argmax(z), **ood_metrics(scores, garbage_log_odds(z)), ue=uncertainty(z).mean().item(),
-                                n=len(z))
+        v, taken = uncertainty(z), z.argmax(1)
+        row["ood"][name] = dict(detected=rejected_at_argmax(z), **ood_metrics(scores, garbage_log_odds(z)), ue=v.mean().item(), n=len(z),
+                                aurc=aurc(v, taken == known), ue_auroc=auroc(accepted(u, v)), predicted=counts(taken))
     return row
 
 # %% ../nbs/11_garbage.ipynb #c590af8f
