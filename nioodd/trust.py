@@ -27,7 +27,7 @@ from .agreement import measure as measure_named
 from .detector import Detector, as_input
 from .errors import NiooddError, unknown
 from .scores import uncertainty
-from .siblings import DISTRIBUTIONS, Siblings, call_with
+from .siblings import DISTRIBUTIONS, Fused, Siblings, Watch, call_with, fused
 from .train import eval_mode, load_tensors, optimiser_tensors, restore_optimiser, save_tensors
 
 # %% ../nbs/15_trust.ipynb #c4f2557f
@@ -180,7 +180,8 @@ class TrustIntervals:
         self.scale = scales(model, which, norm)
         self.rho = {k: _inverse_softplus(s) for k, s in uniform_sigma(model, sigma_init, which, norm).items()}
         self.highest = {k: _inverse_softplus(torch.tensor(sigma_max * s)).item() for k, s in self.scale.items()}
-        self.parts: dict[tuple, int] = {} # See `_part`
+        self.lean, self.watch, self.parts = None, None, {} # What runs while learning, see `_lean` and `_part`
+        self.relative = torch.empty(sum(r.numel() for r in self.rho.values()), dtype=next(iter(self.rho.values())).dtype, device=next(iter(self.rho.values())).device) # Room for all σ/scale
         self.optimiser = torch.optim.RMSprop(self.rho.values(), 0.01, eps=1e-16)
 
     def sigma(self) -> dict[str, Tensor]:
@@ -214,6 +215,14 @@ class TrustIntervals:
         "Learns the intervals; see `learn`."
         return learn(self, loader, held_out, **options)
 
+# %% ../nbs/15_trust.ipynb #0b9e2d0a
+def _lean(trust: TrustIntervals, x: Tensor) -> Fused:
+    "The network as it runs while learning."
+    if trust.lean is None or trust.watch.changed():
+        images = torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x) * 2 - 1
+        with eval_mode(trust.model): trust.lean, trust.watch, trust.parts = fused(trust.model, trust.rho, images), Watch(trust.model), {}
+    return trust.lean
+
 # %% ../nbs/15_trust.ipynb #7005e19f
 def _kept_bytes(model: nn.Module, weights: dict[str, Tensor], x: Tensor) -> int: # What autograd keeps of a forward pass
     sizes = []
@@ -224,9 +233,9 @@ def _kept_bytes(model: nn.Module, weights: dict[str, Tensor], x: Tensor) -> int:
 def _part(trust: TrustIntervals, siblings: list[dict[str, Tensor]], x: Tensor) -> int:
     "Images at a time. On a CPU 32, 64 or 128, as autograd keeps 400 MB of them at most, found out once for each shape."
     if x.device.type != "cpu" or len(x) <= 32: return len(x) or 1
-    key = (len(siblings), *x.shape[1:])
+    key, network = (len(siblings), *x.shape[1:]), _lean(trust, x).network
     if key not in trust.parts:
-        image = _kept_bytes(trust.model, siblings[0], x[:2]) - _kept_bytes(trust.model, siblings[0], x[:1])
+        image = _kept_bytes(network, siblings[0], x[:2]) - _kept_bytes(network, siblings[0], x[:1])
         trust.parts[key] = next(n for n in (128, 64, 32) if n == 32 or n * len(siblings) * image <= 4e8)
     return trust.parts[key]
 
@@ -234,15 +243,18 @@ def _part(trust: TrustIntervals, siblings: list[dict[str, Tensor]], x: Tensor) -
 def _data_gradient(trust: TrustIntervals, siblings: list[dict[str, Tensor]], noise: list[dict[str, Tensor]], x: Tensor, y: Tensor, lambda1: float) -> tuple[Tensor, list[Tensor]]:
     "NLL and ΣVar as float [2], and the gradient of NLL + λ₁ ΣVar by σ."
     leaves = [w.requires_grad_() for s in siblings for w in s.values()]
-    total, by_sigma = 0., [torch.zeros_like(r) for r in trust.rho.values()]
-    with eval_mode(trust.model):
+    total, (network, factor) = 0., _lean(trust, x)
+    by_sigma = [torch.zeros_like(r) if r.grad is None else r.grad.zero_() for r in trust.rho.values()] # Memory that is there already is fast
+    with eval_mode(network):
         part = _part(trust, siblings, x)
         for a, b in zip(x.split(part), y.split(part)):
-            terms = nll_and_variance(torch.stack([call_with(trust.model, s, a) for s in siblings]), b)
+            terms = nll_and_variance(torch.stack([call_with(network, s, a) for s in siblings]), b)
             share = len(b) / len(y)
             g = torch.autograd.grad(share * (terms[0] + lambda1 * terms[1]), leaves)
             total = total + share * torch.stack(terms).detach()
             for i, e in enumerate(noise): torch._foreach_addcmul_(by_sigma, g[i * len(e):(i + 1) * len(e)], list(e.values()))
+    for k, g in zip(trust.rho, by_sigma):
+        if k in factor: g.mul_(factor[k])
     return total, by_sigma
 
 # %% ../nbs/15_trust.ipynb #b1855220
@@ -265,21 +277,20 @@ def learning_step(
     _at_least("draws", draws, 2, "the variance over the siblings needs two")
     _at_least("lambda1", lambda1, 0, "a negative weight would reward disagreement on known images")
     _at_least("lambda2", lambda2, 0, "a negative weight would shrink the intervals to nothing")
-    rho = [r.detach().requires_grad_() for r in trust.rho.values()]
+    rho, relative = list(trust.rho.values()), trust.relative.detach()
     sigma = [F.softplus(r) for r in rho]
-    relative = torch.empty(sum(r.numel() for r in rho), dtype=rho[0].dtype, device=rho[0].device)
-    for r, s, c in zip(_pieces(relative, rho), sigma, trust.scale.values()): torch.div(s.detach(), c, out=r)
+    for r, s, c in zip(_pieces(relative, rho), sigma, trust.scale.values()): torch.div(s, c, out=r)
     R = REGULARISERS[regulariser](relative.requires_grad_())
-    own = dict(trust.model.named_parameters())
-    noise = [draw(trust.rho, trust.distribution) for _ in range(draws)]
+    network, factor = _lean(trust, x)
+    own, noise = dict(network.named_parameters()), [draw(trust.rho, trust.distribution) for _ in range(draws)]
     plus = lambda w, s, e: torch.addcmul(w, s, e, out=torch.empty_like(w)) # In the memory layout of w, also where its strides do not tell
-    siblings = [{k: plus(own[k].detach(), s.detach(), e[k]) for k, s in zip(trust.rho, sigma)} for e in noise]
+    spread = {k: s * factor[k] if k in factor else s for k, s in zip(trust.rho, sigma)}
+    siblings = [{k: plus(own[k].detach(), s, e[k]) for k, s in spread.items()} for e in noise]
     data, by_sigma = _data_gradient(trust, siblings, noise, x, y, lambda1)
     terms = dict(zip(("nll", "variance", "regulariser", "loss"), torch.stack([*data, R.detach(), data[0] + lambda1 * data[1] + lambda2 * R.detach()]).tolist()))
     for name, value in terms.items():
         if value - value: raise NiooddError(f"the {name} of the trust intervals became {value}; expected a finite number; lower sigma_init or lr (it is {lr}), or check the images for NaN")
-    for g, r, c in zip(by_sigma, _pieces(torch.autograd.grad(R, relative)[0], rho), trust.scale.values()): g.add_(r, alpha=lambda2 / c)
-    for r, g in zip(trust.rho.values(), torch.autograd.grad(sigma, rho, by_sigma)): r.grad = g
+    for r, g, d, c in zip(rho, by_sigma, _pieces(torch.autograd.grad(R, relative)[0], rho), trust.scale.values()): r.grad = g.add_(d, alpha=lambda2 / c).mul_(r.sigmoid())
     trust.optimiser.param_groups[0]["lr"] = lr
     trust.optimiser.step()
     for k, r in trust.rho.items(): r.clamp_(max=trust.highest[k])

@@ -14,8 +14,8 @@ from nioodd.data import to_input
 from nioodd.detector import Detector
 from nioodd.errors import NiooddError
 from nioodd.metrics import ood_metrics
-from nioodd.models import Classifier
-from nioodd.siblings import DISTRIBUTIONS, Siblings
+from nioodd.models import Classifier, architecture
+from nioodd.siblings import DISTRIBUTIONS, Fused, Siblings, Watch
 from nioodd.trust import REGULARISERS, TrustIntervalDetector, TrustIntervals, draw, scales, strength, uniform_sigma, why_stop
 
 SHAPE = (1, 8, 8)
@@ -211,6 +211,65 @@ def test_step_in_parts_is_the_step_on_the_whole(network):
     assert terms["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for (k, r), g in zip(trust.rho.items(), torch.autograd.grad(loss, list(rho.values()))):
         torch.testing.assert_close(r.grad, g, rtol=1e-3, atol=1e-6)
+
+
+def trained(name):
+    "A network of paper 2 in double precision, its batch norms as after training."
+    torch.manual_seed(0)
+    net = architecture(name, 4, 3, 32 if name == "C2" else 16).double()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d): m.running_mean.normal_(0, .3), m.running_var.uniform_(.5, 2), nn.init.uniform_(m.weight, -1.5, 1.5), nn.init.normal_(m.bias, 0, .2)
+    return net.eval()
+
+
+@pytest.mark.parametrize("name", ["C2", "C3", "C4", "C5"])
+def test_a_step_on_the_simplified_network_is_one_on_the_network(name):
+    net, found = trained(name), []
+    x, y = torch.randn(5, 3, *[32 if name == "C2" else 16] * 2).double(), torch.arange(5) % 4
+    for simplify in (True, False):
+        trust = TrustIntervals(net, sigma_init=.1)
+        if not simplify: trust.lean, trust.watch = Fused(net, {}), Watch(net)
+        torch.manual_seed(1)
+        found.append(([trust.step(x, y)["loss"] for _ in range(2)], {k: r.grad.clone() for k, r in trust.rho.items()}, trust))
+    (a, by_a, trust), (b, by_b, _) = found
+    assert trust.lean.factor and trust.lean.network is not net
+    assert a == pytest.approx(b, rel=1e-7)
+    for k in by_a: torch.testing.assert_close(by_a[k], by_b[k], rtol=1e-4, atol=1e-8)
+
+
+def test_a_step_after_the_network_was_changed():
+    net, x, y = trained("C3"), torch.randn(5, 3, 16, 16).double(), torch.arange(5) % 4
+    trust = TrustIntervals(net)
+    trust.step(x, y)
+    before = trust.lean
+    trust.step(x, y)
+    assert trust.lean is before
+    next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d)).running_var.mul_(4) # with this the factors
+    trust.step(x, y)
+    assert trust.lean is not before
+    torch.testing.assert_close(trust.lean.network(x), net(x))
+
+
+def test_what_is_not_simplified():
+    "Norms that are noisy, hooks, what cannot be traced, and a weight that another layer shares with a convolution before a norm."
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.b, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1), nn.Linear(3, 4)
+            self.b.weight = self.a.weight
+            nn.init.constant_(self.norm.weight, 3.)
+        def forward(self, x): return self.head(self.b(self.norm(self.a(x)).relu()).mean((2, 3)))
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = architecture("C3", 4, 3, 16)
+        def forward(self, x): return self.net(x if x.mean() < 9 else -x)
+    hooked = architecture("C3", 4, 3, 16)
+    hooked.register_forward_hook(lambda m, x, y: y * 2)
+    x, y = torch.randn(5, 3, 16, 16), torch.arange(5) % 4
+    for trust in (TrustIntervals(architecture("C3", 4, 3, 16), norm=True), TrustIntervals(hooked), TrustIntervals(Loop()), TrustIntervals(Tied())):
+        trust.step(x, y)
+        assert trust.lean == (trust.model, {})
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
