@@ -117,32 +117,6 @@ def _pool_first(g: _Graph) -> None:
             pool.append(act) # Moves it
 
 # %% ../nbs/14_siblings.ipynb #59365807
-def _rows(x: Tensor, conv: nn.Conv2d) -> Tensor: # [B, 1, H, W] → [B, H', W', k·k]
-    "The patches that `conv` looks at."
-    (pad_y, pad_x), (k_y, k_x), (step_y, step_x) = conv.padding, conv.kernel_size, conv.stride
-    x = F.pad(x[:, 0], (pad_x, pad_x, pad_y, pad_y))
-    return x.unfold(1, k_y, step_y).unfold(2, k_x, step_x).flatten(3)
-
-def _matrix(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]: return conv.weight.detach().flatten(1).t().contiguous(), conv.bias # [k·k, C], [C]
-
-def _first_convs(
-    x: Tensor, # [B, 1, H, W]
-    conv: nn.Conv2d, # That of any sibling: how the patches lie
-    weights: list[tuple[Tensor, Tensor | None]], # Of each sibling: [k·k, C], and the bias [C]
-    after: nn.Module, # What follows the convolution, image by image
-    part: int = 16, # Images at a time
-) -> list[Tensor]: # Of each sibling, [B, C, H', W']
-    "after(conv(x)) of every sibling, from one matrix of patches."
-    out: list[list[Tensor]] = [[] for _ in weights]
-    for images in x.split(part):
-        rows = _rows(images, conv)
-        flat = rows.view(-1, rows.shape[-1])
-        for (w, bias), mine in zip(weights, out):
-            y = flat @ w if bias is None else torch.addmm(bias, flat, w)
-            mine.append(after(y.view(*rows.shape[:3], y.shape[1]).permute(0, 3, 1, 2)))
-    return [torch.cat(mine) for mine in out]
-
-# %% ../nbs/14_siblings.ipynb #f494d59f
 def _varying(g: _Graph, noisy: set[int], pairs: list[tuple[str, str]]) -> dict[fx.Node, None]:
     "The operations that depend on a parameter whose id is in `noisy`, in order."
     own = {name for name, m in g.modules.items() if any(id(p) in noisy for p in m.parameters())}
@@ -152,17 +126,6 @@ def _varying(g: _Graph, noisy: set[int], pairs: list[tuple[str, str]]) -> dict[f
         reads = (n.op == "call_module" and n.target in own) or (n.op == "get_attr" and id(operator.attrgetter(n.target)(g.model)) in noisy)
         if reads or n.op == "output" or any(a in found for a in n.all_input_nodes): found[n] = None
     return found
-
-def _grey_convs(g: _Graph, varying: dict[fx.Node, None]) -> dict[fx.Node, list[fx.Node]]:
-    "Convolutions of a grey image that does not vary → what follows each, of pooling and activation."
-    chains = {}
-    for n in varying:
-        m = g.module(n)
-        if (type(m) is nn.Conv2d and m.in_channels == 1 and m.dilation == (1, 1) and m.padding_mode == "zeros" and isinstance(m.padding, tuple)
-            and not any(a in varying for a in n.all_input_nodes)):
-            chains[n], last = [], n
-            while (last := g.follower(last)) is not None and (g.is_pool(last) or g.is_activation(last)): chains[n].append(last)
-    return chains
 
 # %% ../nbs/14_siblings.ipynb #9d4a773b
 def _part(nodes: Iterator[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node] | None = None) -> fx.Graph:
@@ -182,7 +145,7 @@ def sibling(
     own = dict(model.named_parameters())
     table = {id(t): t for t in (*own.values(), *model.buffers())}
     for name, w in weights.items():
-        w = w.contiguous(memory_format=torch.channels_last) if w.ndim == 4 else w
+        w = w.clone(memory_format=torch.channels_last) if w.ndim == 4 else w
         table[id(own[name])] = nn.Parameter(w, requires_grad=False)
     return copy.deepcopy(model, table).eval()
 
@@ -195,20 +158,13 @@ class Stacked:
     def __init__(self, model: nn.Module, weights: list[dict[str, Tensor]]):
         g, pairs = _simplified(model)
         own = dict(model.named_parameters())
-        varying = _varying(g, {id(own[name]) for name in weights[0]}, pairs)
-        chains = _grey_convs(g, varying) if next(iter(own.values())).device.type == "cpu" else {}
-        self._build(g, pairs, varying, chains, [sibling(model, w) for w in weights])
-
-    def _build(self, g: _Graph, pairs, varying, chains, members: list[nn.Module]) -> None:
+        varying, members = _varying(g, {id(own[name]) for name in weights[0]}, pairs), [sibling(model, w) for w in weights]
         for m in members:
             for conv, norm in pairs: _replace(m, conv, fuse_conv_bn_eval(m.get_submodule(conv), m.get_submodule(norm)))
-        ends = {(chain or [n])[-1]: n for n, chain in chains.items()}
-        branch = [n for n in varying if n not in chains and not any(n in chain for chain in chains.values())]
-        shared = list(dict.fromkeys(a for n in (*branch, *chains) for a in n.all_input_nodes if a not in varying))
+        shared = list(dict.fromkeys(a for n in varying for a in n.all_input_nodes if a not in varying))
         self.trunk = fx.GraphModule(members[0], _part((n for n in g.graph.nodes if n not in varying), [], shared))
-        tail = _part(branch, [*shared, *ends])
-        self.branches = [fx.GraphModule(m, tail) for m in members]
-        self.firsts = [(shared.index(n.args[0]), members[0].get_submodule(n.target), [_matrix(m.get_submodule(n.target)) for m in members], _chain(members[0], n, chains[n])) for n in ends.values()]
+        branch = _part(varying, shared)
+        self.branches = [fx.GraphModule(m, branch) for m in members]
 
     @torch.no_grad()
     def __call__(self, x: Tensor, part: int = 128) -> Tensor: # x [B, C, H, W] → [S, B, K]
@@ -216,9 +172,8 @@ class Stacked:
         return torch.cat([self._logits(images) for images in (x.split(part) if x.device.type == "cpu" else [x])], 1)
 
     def _logits(self, x: Tensor) -> Tensor:
-        shared = self.trunk(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x)
-        firsts = [_first_convs(shared[i], *first) for i, *first in self.firsts]
-        return torch.stack([branch(*shared, *(f[s] for f in firsts)) for s, branch in enumerate(self.branches)])
+        shared = self.trunk(x.clone(memory_format=torch.channels_last) if x.ndim == 4 else x)
+        return torch.stack([branch(*shared) for branch in self.branches])
 
 # %% ../nbs/14_siblings.ipynb #21344ad3
 def _simplified(model: nn.Module) -> tuple[_Graph, list[tuple[str, str]]]: # As of `_without_norms`
@@ -236,12 +191,6 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     "Puts `new` in the place of the submodule `name`."
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
-
-def _chain(model: nn.Module, first: fx.Node, nodes: list[fx.Node]) -> fx.GraphModule:
-    "Operations one after another, the first of which reads `first`, as a module."
-    graph = _part(nodes, [first])
-    graph.output(next(reversed(graph.nodes)))
-    return fx.GraphModule(model, graph)
 
 # %% ../nbs/14_siblings.ipynb #94556a58
 class Fused(NamedTuple):
