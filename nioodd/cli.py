@@ -92,7 +92,9 @@ def _bench_arguments(commands) -> None:
     for name, text in dict(loop="classifier epoch and generator step, beside the machine's limit and the usual way to write them", trust="siblings beside plain forward passes and an ensemble",
                            detectors="each detector beside pytorch-ood's own call of it").items():
         speed = benches.add_parser(name, help=f"how fast: {text}")
-        if name != "loop": speed.add_argument("--cells", default="C1", metavar="C1,C3", help="networks (default C1)")
+        if name != "loop":
+            speed.add_argument("--cells", default="C1", metavar="C1,C3", help="networks (default C1)")
+            speed.add_argument("--seconds", type=float, metavar="S", help="for each row, at most; two rounds are always made (default: 20 for trust, 10 for detectors)")
         _common(speed, "device")
         speed.set_defaults(do=_bench_speed)
 
@@ -329,16 +331,15 @@ def _report(a: argparse.Namespace) -> int:
 
 def _bench_speed(a: argparse.Namespace) -> int:
     "`nioodd bench loop`, `trust` and `detectors`: see `nioodd.bench` and its like."
-    device = _device(a.device)
-    if a.what == "loop":
-        from nioodd.bench import bench_loop
-        print(bench_loop(device))
-    elif a.what == "trust":
-        from nioodd.bench_trust import bench_trust
-        print(bench_trust(device, tuple(a.cells.split(","))))
-    else:
-        from nioodd.bench_detectors import bench_detectors
-        print(bench_detectors(device, tuple(a.cells.split(","))))
+    from nioodd.bench import bench_loop
+    from nioodd.bench_detectors import bench_detectors
+    from nioodd.bench_trust import bench_trust
+    from nioodd.train import commit
+    device, limit = _device(a.device), dict(limit=a.seconds) if getattr(a, "seconds", None) is not None else {}
+    if a.what == "loop": report = bench_loop(device)
+    else: report = dict(trust=bench_trust, detectors=bench_detectors)[a.what](device, tuple(a.cells.split(",")), **limit)
+    options = "" if a.what == "loop" else f" --cells {a.cells}" + (f" --seconds {a.seconds:g}" if limit else "")
+    print(f"nioodd bench {a.what}{options}, commit {commit() or 'unknown'}\n{report}")
     return 0
 
 def _bench_ood(a: argparse.Namespace) -> int:
