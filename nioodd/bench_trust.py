@@ -147,6 +147,7 @@ def bench_trust(
 ) -> str: # A report of some 20 lines
     "Siblings beside S forward passes, an ensemble and Monte-Carlo layers: speed and exactness; and a step of learning the intervals beside one of training."
     if not (architectures and members and batches): raise NiooddError("nothing to measure; expected at least one architecture, one number of members and one batch size; leave them at their defaults")
+    if min(*members, *batches, 1) < 1: raise NiooddError(f"{', '.join(map(str, members))} members, batches of {', '.join(map(str, batches))}; expected at least 1 of each; leave them at their defaults")
     where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
     races, exact, steps = [], [], []
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):

@@ -95,6 +95,9 @@ def _bench_arguments(commands) -> None:
         if name != "loop":
             speed.add_argument("--cells", default="C1", metavar="C1,C3", help="networks (default C1)")
             speed.add_argument("--seconds", type=float, metavar="S", help="for each row, at most; two rounds are always made (default: 20 for trust, 10 for detectors)")
+        if name == "trust":
+            speed.add_argument("--members", default="2,10", metavar="2,10", help="numbers of siblings (default 2,10)")
+            speed.add_argument("--batches", default="1,64,256", metavar="1,64", help="images at a time (default 1,64,256)")
         _common(speed, "device")
         speed.set_defaults(do=_bench_speed)
 
@@ -335,11 +338,14 @@ def _bench_speed(a: argparse.Namespace) -> int:
     from nioodd.bench_detectors import bench_detectors
     from nioodd.bench_trust import bench_trust
     from nioodd.train import commit
-    device, limit = _device(a.device), dict(limit=a.seconds) if getattr(a, "seconds", None) is not None else {}
-    if a.what == "loop": report = bench_loop(device)
-    else: report = dict(trust=bench_trust, detectors=bench_detectors)[a.what](device, tuple(a.cells.split(",")), **limit)
-    options = "" if a.what == "loop" else f" --cells {a.cells}" + (f" --seconds {a.seconds:g}" if limit else "")
-    print(f"nioodd bench {a.what}{options}, commit {commit() or 'unknown'}\n{report}")
+    given = {k: getattr(a, k) for k in ("cells", "members", "batches", "seconds") if getattr(a, k, None) is not None}
+    options = {} if "seconds" not in given else dict(limit=a.seconds)
+    if "cells" in given: options["architectures"] = tuple(a.cells.split(","))
+    for k in given.keys() & {"members", "batches"}:
+        try: options[k] = tuple(map(int, given[k].split(",")))
+        except ValueError: raise NiooddError(f"--{k} is {given[k]!r}; expected whole numbers, as 2,10") from None
+    report = dict(loop=bench_loop, trust=bench_trust, detectors=bench_detectors)[a.what](_device(a.device), **options)
+    print(" ".join(["nioodd bench", a.what, *(f"--{k} {v:g}" if k == "seconds" else f"--{k} {v}" for k, v in given.items())]) + f", commit {commit() or 'unknown'}\n{report}")
     return 0
 
 def _bench_ood(a: argparse.Namespace) -> int:

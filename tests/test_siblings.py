@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 
 from nioodd.bench_trust import bench_trust, contestants, exactness, images_for, learning_jobs, race
+from nioodd.cli import main
 from nioodd.errors import NiooddError
 from nioodd.models import Classifier
 from nioodd.siblings import DISTRIBUTIONS, Siblings, noise, plain_logits, sibling
@@ -277,6 +278,12 @@ def test_report():
     report = bench_trust(architectures=("C1",), members=(2,), batches=(1, 8), rounds=2, limit=1, progress=False, clock=time.process_time)
     for words in ("C1 S=2   batch 1", "C1 S=2   batch 8", "siblings : plain", "functional_call", "ensemble", "1,111,946 parameters", "C1 batch 8: training", "MC layers"): assert words in report
     with pytest.raises(NiooddError, match="nothing to measure"): bench_trust(architectures=())
+    with pytest.raises(NiooddError, match="batches of 0, 8"): bench_trust(batches=(0, 8))
+
+def test_report_names_its_command(capsys):
+    assert main(["bench", "trust", "--members", "2", "--batches", "1", "--seconds", "0"]) == 0
+    assert capsys.readouterr().out.startswith("nioodd bench trust --cells C1 --members 2 --batches 1 --seconds 0, commit ")
+    assert main(["bench", "trust", "--batches", "1,many"]) == 2 and "--batches is '1,many'; expected whole numbers" in capsys.readouterr().err
 
 def test_contestants_answer():
     x = images_for("C1", 3)
