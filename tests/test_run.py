@@ -18,7 +18,7 @@ from nioodd.cli import main
 from nioodd.config import Config, with_values
 from nioodd.data import ImageSet
 from nioodd.errors import NiooddError
-from nioodd.garbage import Loop, Problem, run
+from nioodd.garbage import Loop, Problem, judge, run
 from nioodd.train import load_tensors
 
 TINY = ["rounds=3", "pretrain_epochs=1", "generator_steps=8", "samples=44", "eval_images=50", "ood_sets=squares", "size=12",
@@ -275,3 +275,14 @@ def test_far_excludes_neither_garbage_nor_what_is_like_a_training_image(problem,
     known = Loop(with_values(config, ["exclude=known"]), problem, progress=False)
     assert known.excluded(images, predicted).tolist() == [True] * 18 + [False] * 6
     assert not far.excluded(odd, torch.full((6,), 3)).any()
+
+
+def test_judge_says_what_the_uncertainty_is_good_for():
+    "Three outputs, the last garbage: one digit wrong and unsure, one OOD image of two taken for a digit, and unsure."
+    sure, unsure = 20.0, 0.1
+    known = torch.tensor([[sure, 0, 0], [0, sure, 0], [0, sure, 0], [unsure, 0, 0]])
+    row = judge(known, torch.tensor([0, 1, 1, 1]), dict(there=torch.tensor([[0, 0, sure - 1], [0, 2 * unsure, 0]])))
+    assert row["id"]["predicted"] == [2, 2, 0] and row["ood"]["there"]["predicted"] == [0, 1, 1]
+    assert row["id"]["aurc"] == pytest.approx(1 / 16) and row["ood"]["there"]["aurc"] == pytest.approx(1 / 4)    # the error comes last: risk 0, 0, 0, ¼, and 0, ½
+    assert row["ood"]["there"]["ue_auroc"] == 0.75                               # both above the three sure digits, below the unsure one
+    assert row["id"]["ece"] == pytest.approx(torch.tensor([unsure, 0, 0]).double().softmax(0)[0].item() / 4, abs=1e-6)
