@@ -220,15 +220,14 @@ def table(
 # %% ../nbs/27_bench_detectors.ipynb #aa4802f0
 def layerwise_cost(
     subject: Subject,
-    batch: int = 500,
     rounds: int = 5,
     limit: float = 30.0, # Seconds; two rounds are always made
     clock: Callable[[], float] = time.perf_counter,
 ) -> float: # Forward passes
-    "Time of `LayerwiseDetector.predict` on the ID images over that of the logits alone, in batches of 500 as it takes them."
+    "Time of `LayerwiseDetector.predict` on the ID images over that of the logits alone."
     images, device = subject.sets["id"], next(subject.model.parameters()).device
     detector = LayerwiseDetector(subject.model).fit(subject.images, subject.held_out)
-    taken = interleaved(dict(logits=lambda: logits_of(subject.model, images, batch), layerwise=lambda: detector.predict(images)), rounds, device, limit, clock=clock)
+    taken = interleaved(dict(logits=lambda: logits_of(subject.model, images), layerwise=lambda: detector.predict(images)), rounds, device, limit, clock=clock)
     return median(a / b for a, b in zip(taken["layerwise"], taken["logits"]))
 
 # %% ../nbs/27_bench_detectors.ipynb #048a7cf0
@@ -247,7 +246,7 @@ def _architecture_lines(s: Subject, names: list[str], batch: int, rounds: int, l
     bar = tqdm(names, desc="each detector", disable=not progress, leave=False)
     found = {n: rates(n, s, *fitted[n], batch, rounds, limit, clock) for n in bar}
     differ = {n: disagreement(n, s) for n in names}
-    cost, per_second = layerwise_cost(s, batch, rounds, 3 * limit, clock), lambda seconds: f"{1 / median(seconds):,.0f}"
+    cost, per_second = layerwise_cost(s, rounds, 3 * limit, clock), lambda seconds: f"{1 / median(seconds):,.0f}"
     slow, apart = [n for n in names if found[n].ratio < 1], [n for n in names if differ[n] >= TOLERANCE]
     lines = [f"{s.architecture}: {len(s.sets['id']):,} images in batches of {batch}, fitted on {len(s.images):,}; images/s", "",
              f"{'detector':20s}{'pytorch-ood':>12s}{'nioodd':>10s}{'ratio':>7s}{'scorer alone':>14s}{'difference':>12s}{'table, s':>12s}{'nioodd':>9s}"]

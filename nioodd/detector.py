@@ -25,7 +25,7 @@ from .errors import NiooddError, unknown
 from .metrics import threshold_keeping
 from .models import NETWORKS, Classifier
 from .scores import garbage_log_odds, garbage_probability, uncertainty
-from .train import eval_mode, load_tensors, save_tensors, write_atomic
+from .train import eval_mode, in_batches, load_tensors, save_tensors, write_atomic
 
 # %% ../nbs/10_detector.ipynb #6083da79
 def as_input(
@@ -46,12 +46,12 @@ def as_input(
 def network_logits(
     model: nn.Module, # Images → logits [B, K]
     x: Tensor, # [B, C, H, W], see `as_input`; moved to the network's device
-    batch_size: int = 500, # Images per forward pass
+    batch_size: int | None = None, # Images per forward pass; None: as `nioodd.train.in_batches` finds best
 ) -> Tensor: # [B, K] on the network's device
     "Logits in eval mode, without gradients; every submodule's mode is as before afterwards, also after an error."
     device = next((t.device for t in model.state_dict().values()), "cpu")
     with eval_mode(model):
-        return torch.cat([model(as_input(b.to(device)).clone(memory_format=torch.channels_last)) for b in x.split(batch_size)])
+        return torch.cat([model(as_input(b.to(device)).clone(memory_format=torch.channels_last)) for b in in_batches(model, x, batch_size)])
 
 # %% ../nbs/10_detector.ipynb #20631b1b
 def load_weights(

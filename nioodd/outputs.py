@@ -39,7 +39,7 @@ def _outputs(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def network_outputs(
     model: nn.Module, # Any classifier: images → logits [N, K]
     images: Tensor, # uint8 [N, C, H, W], or float32 as the network takes them
-    batch_size: int = 500,
+    batch_size: int | None = None, # None: as `nioodd.train.in_batches` finds best
     progress: str | None = None, # Label of a progress bar
 ) -> Outputs:
     "One forward pass over `images` in eval mode. Raises `NiooddError` for a model that does not return [N, K] or has no linear or convolutional layer."

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import NiooddError, unknown
-from .train import eval_mode
+from .train import eval_mode, in_batches
 
 # %% ../nbs/14_siblings.ipynb #ba8382e8
 DISTRIBUTIONS = { # Name → ε of a shape, from a NumPy random generator; standard deviation 1, but see cauchy
@@ -165,11 +165,12 @@ class Stacked:
         self.trunk = fx.GraphModule(members[0], _part((n for n in g.graph.nodes if n not in varying), [], shared))
         branch = _part(varying, shared)
         self.branches = [fx.GraphModule(m, branch) for m in members]
+        self.networks = nn.ModuleList([self.trunk, *self.branches])
 
     @torch.no_grad()
-    def __call__(self, x: Tensor, part: int = 128) -> Tensor: # x [B, C, H, W] → [S, B, K]
-        "Logits of all siblings; the images go through `part` at a time on a CPU."
-        return torch.cat([self._logits(images) for images in (x.split(part) if x.device.type == "cpu" else [x])], 1)
+    def __call__(self, x: Tensor) -> Tensor: # x [B, C, H, W] → [S, B, K]
+        "Logits of all siblings."
+        return torch.cat([self._logits(images) for images in in_batches(self.networks, x)], 1)
 
     def _logits(self, x: Tensor) -> Tensor:
         shared = self.trunk(x.clone(memory_format=torch.channels_last) if x.ndim == 4 else x)

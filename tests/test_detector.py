@@ -16,6 +16,7 @@ from nioodd.errors import NiooddError
 from nioodd.metrics import ood_metrics
 from nioodd.models import Classifier
 from nioodd.scores import garbage_log_odds
+from nioodd.train import each_batch
 
 SHAPE = (1, 8, 8)
 
@@ -282,3 +283,15 @@ def test_drops_into_oodmetrics(detector):
 def test_as_input_keeps_floats_as_they_are():
     x = torch.randn(2, *SHAPE, dtype=torch.float64)
     assert as_input(x) is x
+
+
+
+def test_no_hook_stays_when_a_pass_fails():
+    "The first images are looked at through hooks; what fails there must not leave them, nor a size that was never found."
+    net = Classifier(4, size=8)
+    def fails(model, x): model(x); raise ValueError("here")
+    with pytest.raises(ValueError): each_batch(net, torch.zeros(40, 1, 8, 8), fails)
+    assert not [m for m in net.modules() if m._forward_hooks]
+    sizes = []
+    for _ in range(2): each_batch(net, torch.zeros(40, 1, 8, 8), lambda model, x: (sizes.append(len(x)) or model(x),))
+    assert sizes[0] == 16 and sum(sizes[:2]) == 40 and sizes[2:] == [40]
