@@ -51,7 +51,7 @@ def network_logits(
     "Logits in eval mode, without gradients; every submodule's mode is as before afterwards, also after an error."
     device = next((t.device for t in model.state_dict().values()), "cpu")
     with eval_mode(model):
-        return torch.cat([model(as_input(b.to(device)).clone(memory_format=torch.channels_last)) for b in in_batches(model, x, batch_size)])
+        return torch.cat([model(as_input(b.to(device)).clone(memory_format=torch.channels_last)) for b in in_batches(model, x, batch_size, lambda image: model(as_input(image)))])
 
 # %% ../nbs/10_detector.ipynb #20631b1b
 def load_weights(

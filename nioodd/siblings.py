@@ -170,7 +170,7 @@ class Stacked:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor: # x [B, C, H, W] → [S, B, K]
         "Logits of all siblings."
-        return torch.cat([self._logits(images) for images in in_batches(self.networks, x)], 1)
+        return torch.cat([self._logits(images) for images in in_batches(self.networks, x, run=self._logits)], 1)
 
     def _logits(self, x: Tensor) -> Tensor:
         shared = self.trunk(x.clone(memory_format=torch.channels_last) if x.ndim == 4 else x)

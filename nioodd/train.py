@@ -16,7 +16,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -146,24 +146,31 @@ def eval_mode(model: nn.Module):
 AT_ONCE = 16e6 # Bytes of the largest layer's output, on a CPU
 _found: WeakKeyDictionary[nn.Module, dict[torch.Size, int]] = WeakKeyDictionary() # Network → shape of an image → how many of them that is
 
-def in_batches(
-    model: nn.Module, # The network on which each part is run before the next one is asked for
-    images: Tensor, # [N, C, H, W]
-    batch_size: int | None = None, # None: 500 on a GPU; on a CPU as many as make `AT_ONCE`, from 16 to 500, found out once with the first 16 of 33 or more
-) -> Iterator[Tensor]: # Parts of `images`, in order
-    "`images` in parts that suit the network and its device."
-    on_cpu = next((t.device.type for t in model.state_dict().values()), "cpu") == "cpu"
-    known, shape, largest = _found.setdefault(model, {}), images.shape[1:], 1
+@torch.no_grad()
+def _suitable(model: nn.Module, run: Callable[[Tensor], object], image: Tensor) -> int: # image [1, C, H, W] as the network takes it
+    largest = 1
     def note(module, args, out):
         nonlocal largest
-        if isinstance(out, Tensor): largest = max(largest, out.nbytes // 16)
-    if batch_size is None and on_cpu and shape not in known and len(images) > 32:
-        hooks = [m.register_forward_hook(note) for m in model.modules()]
-        try: yield images[:16]
-        finally:
-            for h in hooks: h.remove()
-        images, known[shape] = images[16:], min(500, max(16, int(AT_ONCE / largest)))
-    yield from images.split(batch_size or (known.get(shape, 500) if on_cpu else 500))
+        if isinstance(out, Tensor): largest = max(largest, out.nbytes)
+    hooks = [m.register_forward_hook(note) for m in model.modules()]
+    try:
+        with eval_mode(model): run(image)
+    finally:
+        for h in hooks: h.remove()
+    return min(500, max(16, int(AT_ONCE / largest)))
+
+def in_batches(
+    model: nn.Module,
+    images: Tensor, # [N, C, H, W], uint8 or float32 as the network takes them
+    batch_size: int | None = None, # None: 500 on a GPU; on a CPU as many as make `AT_ONCE`, from 16 to 500
+    run: Callable[[Tensor], object] | None = None, # How the network is run; None: it is called
+) -> tuple[Tensor, ...]: # Parts of `images`, in order
+    "`images` in parts that suit the network and its device."
+    if batch_size is None and next((t.device.type for t in model.state_dict().values()), "cpu") == "cpu" and len(images) > 16:
+        known = _found.setdefault(model, {})
+        if images.shape[1:] not in known: known[images.shape[1:]] = _suitable(model, run or model, to_input(images[:1].cpu()) if images.dtype == torch.uint8 else images[:1].cpu())
+        batch_size = known[images.shape[1:]]
+    return images.split(batch_size or 500)
 
 # %% ../nbs/04_train.ipynb #27c25075
 @torch.no_grad()
