@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -166,7 +167,7 @@ def in_batches(
     run: Callable[[Tensor], object] | None = None, # How the network is run; None: it is called
 ) -> tuple[Tensor, ...]: # Parts of `images`, in order
     "`images` in parts that suit the network and its device."
-    if batch_size is None and next((t.device.type for t in model.state_dict().values()), "cpu") == "cpu" and len(images) > 16:
+    if batch_size is None and len(images) > 16 and next((t.device.type for t in chain(model.parameters(), model.buffers())), "cpu") == "cpu":
         known = _found.setdefault(model, {})
         if images.shape[1:] not in known: known[images.shape[1:]] = _suitable(model, run or model, to_input(images[:1].cpu()) if images.dtype == torch.uint8 else images[:1].cpu())
         batch_size = known[images.shape[1:]]
