@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .detector import Detector, as_input, id_images
+from .detector import Detector, as_input, id_images, input_batches
 from .errors import NiooddError
 from .scores import energy, uncertainty
-from .train import eval_mode, in_batches
+from .train import eval_mode
 
 # %% ../nbs/25_layerwise.ipynb #baca45d8
 def _reading(model: nn.Module, x: Tensor, layers: Iterable[str] | None = None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -164,7 +164,7 @@ class LayerwiseDetector(Detector):
     def evidence(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]: # x [B, C, H, W], see `as_input` → logits [B, K]; name: float64 [B], −log p of each
         "What the energy of the logits and each post say about the images: how unlikely for a known one."
         self._fitted()
-        parts = [layer_scores(self.model, b, self.banks, self.n_known) for b in in_batches(self.model, x, run=lambda image: self.model(as_input(image)))]
+        parts = [layer_scores(self.model, b, self.banks, self.n_known) for b in input_batches(self.model, x)]
         return torch.cat([z for z, _ in parts]), {k: f(torch.cat([s[k] for _, s in parts])) for k, f in self.surprise.items()}
 
     def predict(self, x: Tensor) -> Tensor: # x [B, C, H, W], see `as_input` → float64 [B], on the CPU
@@ -216,7 +216,7 @@ def learn_banks(
     layers, basis, within = listening_posts(model, as_input(images[:2].to(next(model.parameters()).device))), {}, {}
     for part in filter(len, images.tensor_split([5000])): # what is read of the first ones is kept whole until the subspace is known
         read: dict[str, list[Tensor]] = {}
-        for b in in_batches(model, part, run=lambda image: model(as_input(image))):
+        for b in input_batches(model, part):
             for k, u in read_directions(model, b, layers)[1].items(): read.setdefault(k, []).append(u.cpu() @ basis[k] if k in basis else u.cpu())
             told(len(b))
         for k in [k for k in read if k not in basis]:
@@ -249,7 +249,7 @@ def fit_layerwise(
     with tqdm(total=len(images[:n]) + len(held_out), desc="layerwise", unit="image", disable=not progress) as bar:
         detector.banks = learn_banks(detector.model, images[:n], bank, dimensions, seed, bar.update)
         found = []
-        for b in in_batches(detector.model, first, run=lambda image: detector.model(as_input(image))):
+        for b in input_batches(detector.model, first):
             found.append(layer_scores(detector.model, b, detector.banks, detector.n_known)[1])
             bar.update(len(b))
         detector.surprise = {k: Surprise(torch.cat([f[k] for f in found])) for k in found[0]}

@@ -181,7 +181,7 @@ class TrustIntervals:
         self.rho = {k: _inverse_softplus(s) for k, s in uniform_sigma(model, sigma_init, which, norm).items()}
         self.highest = {k: _inverse_softplus(torch.tensor(sigma_max * s)).item() for k, s in self.scale.items()}
         self.lean, self.watch, self.parts = None, None, {} # What runs while learning, see `_lean` and `_part`
-        self.relative = torch.empty(sum(r.numel() for r in self.rho.values()), dtype=next(iter(self.rho.values())).dtype, device=next(iter(self.rho.values())).device) # Room for all σ/scale
+        self.relative = next(iter(self.rho.values())).new_empty(sum(r.numel() for r in self.rho.values())) # Room for all σ/scale
         self.optimiser = torch.optim.RMSprop(self.rho.values(), 0.01, eps=1e-16)
 
     def sigma(self) -> dict[str, Tensor]:
@@ -230,23 +230,23 @@ def _kept_bytes(model: nn.Module, weights: dict[str, Tensor], x: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): call_with(model, weights, x)
     return sum(sizes)
 
-def _part(trust: TrustIntervals, siblings: list[dict[str, Tensor]], x: Tensor) -> int:
+def _part(trust: TrustIntervals, network: nn.Module, siblings: list[dict[str, Tensor]], x: Tensor) -> int:
     "Images at a time. On a CPU 32, 64 or 128, as autograd keeps 400 MB of them at most, found out once for each shape."
     if x.device.type != "cpu" or len(x) <= 32: return len(x) or 1
-    key, network = (len(siblings), *x.shape[1:]), _lean(trust, x).network
+    key = (len(siblings), *x.shape[1:])
     if key not in trust.parts:
         image = _kept_bytes(network, siblings[0], x[:2]) - _kept_bytes(network, siblings[0], x[:1])
         trust.parts[key] = next(n for n in (128, 64, 32) if n == 32 or n * len(siblings) * image <= 4e8)
     return trust.parts[key]
 
 # %% ../nbs/15_trust.ipynb #c983805b
-def _data_gradient(trust: TrustIntervals, siblings: list[dict[str, Tensor]], noise: list[dict[str, Tensor]], x: Tensor, y: Tensor, lambda1: float) -> tuple[Tensor, list[Tensor]]:
+def _data_gradient(trust: TrustIntervals, lean: Fused, siblings: list[dict[str, Tensor]], noise: list[dict[str, Tensor]], x: Tensor, y: Tensor, lambda1: float) -> tuple[Tensor, list[Tensor]]:
     "NLL and ΣVar as float [2], and the gradient of NLL + λ₁ ΣVar by σ."
     leaves = [w.requires_grad_() for s in siblings for w in s.values()]
-    total, (network, factor) = 0., _lean(trust, x)
+    total, (network, factor) = 0., lean
     by_sigma = [torch.zeros_like(r) if r.grad is None else r.grad.zero_() for r in trust.rho.values()] # Memory that is there already is fast
     with eval_mode(network):
-        part = _part(trust, siblings, x)
+        part = _part(trust, network, siblings, x)
         for a, b in zip(x.split(part), y.split(part)):
             terms = nll_and_variance(torch.stack([call_with(network, s, a) for s in siblings]), b)
             share = len(b) / len(y)
@@ -281,12 +281,12 @@ def learning_step(
     sigma = [F.softplus(r) for r in rho]
     for r, s, c in zip(_pieces(relative, rho), sigma, trust.scale.values()): torch.div(s, c, out=r)
     R = REGULARISERS[regulariser](relative.requires_grad_())
-    network, factor = _lean(trust, x)
-    own, noise = dict(network.named_parameters()), [draw(trust.rho, trust.distribution) for _ in range(draws)]
+    lean = _lean(trust, x)
+    own, noise = dict(lean.network.named_parameters()), [draw(trust.rho, trust.distribution) for _ in range(draws)]
     plus = lambda w, s, e: torch.addcmul(w, s, e, out=torch.empty_like(w)) # In the memory layout of w, also where its strides do not tell
-    spread = {k: s * factor[k] if k in factor else s for k, s in zip(trust.rho, sigma)}
+    spread = {k: s * lean.factor[k] if k in lean.factor else s for k, s in zip(trust.rho, sigma)}
     siblings = [{k: plus(own[k].detach(), s, e[k]) for k, s in spread.items()} for e in noise]
-    data, by_sigma = _data_gradient(trust, siblings, noise, x, y, lambda1)
+    data, by_sigma = _data_gradient(trust, lean, siblings, noise, x, y, lambda1)
     terms = dict(zip(("nll", "variance", "regulariser", "loss"), torch.stack([*data, R.detach(), data[0] + lambda1 * data[1] + lambda2 * R.detach()]).tolist()))
     for name, value in terms.items():
         if value - value: raise NiooddError(f"the {name} of the trust intervals became {value}; expected a finite number; lower sigma_init or lr (it is {lr}), or check the images for NaN")

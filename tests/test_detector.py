@@ -285,7 +285,6 @@ def test_as_input_keeps_floats_as_they_are():
     assert as_input(x) is x
 
 
-
 def test_parts_do_not_depend_on_what_was_asked_before():
     "The same sizes in the first call and the next, the mode and batch norm's statistics untouched; no hook stays where the network fails."
     net = nn.Sequential(nn.Conv2d(1, 512, 1), nn.BatchNorm2d(512), nn.Flatten(), nn.Linear(512 * 64, 4)).train() # 131 kB of an image
