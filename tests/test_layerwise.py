@@ -113,7 +113,7 @@ def test_score_written_out(network):
     logits, seen = read_directions(network, x, ["head"])
     u = read_directions(network, known, ["head"])[1]["head"]
     basis = subspace(u, 8)
-    z, s = layer_scores(network, x, {"head": Bank(basis.double(), (u @ basis).double())}, n_known=3)
+    z, s = layer_scores(network, x, {"head": Bank(basis.double(), u @ basis)}, n_known=3)
     plain = nn.functional.normalize(network.features(to_input(x)), dim=1)
     torch.testing.assert_close(seen["head"], plain.detach())
     want = [-max((a @ basis) @ (b @ basis) for b in u) for a in seen["head"]]
