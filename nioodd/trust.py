@@ -92,9 +92,11 @@ def nll_and_variance(
     return F.nll_loss(log_p.flatten(0, 1), y.repeat(len(logits))), log_p.exp().var(0).sum(1).mean()
 
 # %% ../nbs/15_trust.ipynb #517c6493
-REGULARISERS: dict[str, Callable[[Tensor], Tensor]] = dict( # r = σ/scale, flat [n] → R
-    neg_log=lambda r: -r.log().mean(), inverse=lambda r: (1 / r).mean(),
-    inverse_norm=lambda r: (1 / r).square().mean().sqrt(), neg_norm=lambda r: -r.square().mean().sqrt())
+def _mean(f: Callable[[Tensor], Tensor], parts: list[Tensor]) -> Tensor: return sum(f(r).sum() for r in parts) / sum(r.numel() for r in parts)
+
+REGULARISERS: dict[str, Callable[[list[Tensor]], Tensor]] = dict( # r = σ/scale of each parameter, in any shape → R
+    neg_log=lambda r: -_mean(torch.log, r), inverse=lambda r: _mean(torch.reciprocal, r),
+    inverse_norm=lambda r: _mean(lambda t: t.reciprocal().square(), r).sqrt(), neg_norm=lambda r: -_mean(torch.square, r).sqrt())
 
 # %% ../nbs/15_trust.ipynb #b886e1e9
 @lru_cache(maxsize=2)
@@ -181,7 +183,7 @@ class TrustIntervals:
         self.rho = {k: _inverse_softplus(s) for k, s in uniform_sigma(model, sigma_init, which, norm).items()}
         self.highest = {k: _inverse_softplus(torch.tensor(sigma_max * s)).item() for k, s in self.scale.items()}
         self.lean, self.watch, self.parts = None, None, {} # What runs while learning, see `_lean` and `_part`
-        self.relative = next(iter(self.rho.values())).new_empty(sum(r.numel() for r in self.rho.values())) # Room for all σ/scale
+        self.relative = [torch.empty_like(r) for r in self.rho.values()] # Room for σ/scale: memory that is there already is fast
         self.optimiser = torch.optim.RMSprop(self.rho.values(), 0.01, eps=1e-16)
 
     def sigma(self) -> dict[str, Tensor]:
@@ -244,7 +246,7 @@ def _data_gradient(trust: TrustIntervals, lean: Fused, siblings: list[dict[str, 
     "NLL and ΣVar as float [2], and the gradient of NLL + λ₁ ΣVar by σ."
     leaves = [w.requires_grad_() for s in siblings for w in s.values()]
     total, (network, factor) = 0., lean
-    by_sigma = [torch.zeros_like(r) if r.grad is None else r.grad.zero_() for r in trust.rho.values()] # Memory that is there already is fast
+    by_sigma = [torch.zeros_like(r) if r.grad is None else r.grad.zero_() for r in trust.rho.values()]
     with eval_mode(network):
         part = _part(trust, network, siblings, x)
         for a, b in zip(x.split(part), y.split(part)):
@@ -258,9 +260,6 @@ def _data_gradient(trust: TrustIntervals, lean: Fused, siblings: list[dict[str, 
     return total, by_sigma
 
 # %% ../nbs/15_trust.ipynb #b1855220
-def _pieces(flat: Tensor, like: list[Tensor]) -> list[Tensor]: # In the shapes and memory layouts of `like`
-    return [t.as_strided(a.shape, a.stride()) for t, a in zip(flat.split([a.numel() for a in like]), like)]
-
 def learning_step(
     trust: TrustIntervals,
     x: Tensor, # float [B, C, H, W] as the network takes it
@@ -277,10 +276,9 @@ def learning_step(
     _at_least("draws", draws, 2, "the variance over the siblings needs two")
     _at_least("lambda1", lambda1, 0, "a negative weight would reward disagreement on known images")
     _at_least("lambda2", lambda2, 0, "a negative weight would shrink the intervals to nothing")
-    rho, relative = list(trust.rho.values()), trust.relative.detach()
-    sigma = [F.softplus(r) for r in rho]
-    for r, s, c in zip(_pieces(relative, rho), sigma, trust.scale.values()): torch.div(s, c, out=r)
-    R = REGULARISERS[regulariser](relative.requires_grad_())
+    sigma, scale = [F.softplus(r) for r in trust.rho.values()], list(trust.scale.values())
+    relative = [torch.div(s, c, out=r.detach()).requires_grad_() for s, c, r in zip(sigma, scale, trust.relative)]
+    R = REGULARISERS[regulariser](relative)
     lean = _lean(trust, x)
     own, noise = dict(lean.network.named_parameters()), [draw(trust.rho, trust.distribution) for _ in range(draws)]
     plus = lambda w, s, e: torch.addcmul(w, s, e, out=torch.empty_like(w)) # In the memory layout of w, also where its strides do not tell
@@ -290,7 +288,8 @@ def learning_step(
     terms = dict(zip(("nll", "variance", "regulariser", "loss"), torch.stack([*data, R.detach(), data[0] + lambda1 * data[1] + lambda2 * R.detach()]).tolist()))
     for name, value in terms.items():
         if value - value: raise NiooddError(f"the {name} of the trust intervals became {value}; expected a finite number; lower sigma_init or lr (it is {lr}), or check the images for NaN")
-    for r, g, d, c in zip(rho, by_sigma, _pieces(torch.autograd.grad(R, relative)[0], rho), trust.scale.values()): r.grad = g.add_(d, alpha=lambda2 / c).mul_(r.sigmoid())
+    for r, g, d, c in zip(trust.rho.values(), by_sigma, torch.autograd.grad(R, relative), scale):
+        r.grad = torch.ops.aten.softplus_backward(g.add_(d, alpha=lambda2 / c), r, 1, 20, grad_input=g)
     trust.optimiser.param_groups[0]["lr"] = lr
     trust.optimiser.step()
     for k, r in trust.rho.items(): r.clamp_(max=trust.highest[k])
