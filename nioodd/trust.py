@@ -183,7 +183,7 @@ class TrustIntervals:
         self.rho = {k: _inverse_softplus(s) for k, s in uniform_sigma(model, sigma_init, which, norm).items()}
         self.highest = {k: _inverse_softplus(torch.tensor(sigma_max * s)).item() for k, s in self.scale.items()}
         self.lean, self.watch, self.parts = None, None, {} # What runs while learning, see `_lean` and `_part`
-        self.relative = [torch.empty_like(r) for r in self.rho.values()] # Room for σ/scale: memory that is there already is fast
+        torch.empty(32_000_000, dtype=torch.uint8, device="cpu") # So that memory is kept, see `learning_step`
         self.optimiser = torch.optim.RMSprop(self.rho.values(), 0.01, eps=1e-16)
 
     def sigma(self) -> dict[str, Tensor]:
@@ -245,8 +245,7 @@ def _part(trust: TrustIntervals, network: nn.Module, siblings: list[dict[str, Te
 def _data_gradient(trust: TrustIntervals, lean: Fused, siblings: list[dict[str, Tensor]], noise: list[dict[str, Tensor]], x: Tensor, y: Tensor, lambda1: float) -> tuple[Tensor, list[Tensor]]:
     "NLL and ΣVar as float [2], and the gradient of NLL + λ₁ ΣVar by σ."
     leaves = [w.requires_grad_() for s in siblings for w in s.values()]
-    total, (network, factor) = 0., lean
-    by_sigma = [torch.zeros_like(r) if r.grad is None else r.grad.zero_() for r in trust.rho.values()]
+    total, by_sigma, (network, factor) = 0., [], lean
     with eval_mode(network):
         part = _part(trust, network, siblings, x)
         for a, b in zip(x.split(part), y.split(part)):
@@ -254,7 +253,10 @@ def _data_gradient(trust: TrustIntervals, lean: Fused, siblings: list[dict[str, 
             share = len(b) / len(y)
             g = torch.autograd.grad(share * (terms[0] + lambda1 * terms[1]), leaves)
             total = total + share * torch.stack(terms).detach()
-            for i, e in enumerate(noise): torch._foreach_addcmul_(by_sigma, g[i * len(e):(i + 1) * len(e)], list(e.values()))
+            for i, e in enumerate(noise):
+                mine, e = g[i * len(e):(i + 1) * len(e)], list(e.values())
+                if by_sigma: torch._foreach_addcmul_(by_sigma, mine, e)
+                else: by_sigma = list(torch._foreach_mul(mine, e))
     for k, g in zip(trust.rho, by_sigma):
         if k in factor: g.mul_(factor[k])
     return total, by_sigma
@@ -277,7 +279,7 @@ def learning_step(
     _at_least("lambda1", lambda1, 0, "a negative weight would reward disagreement on known images")
     _at_least("lambda2", lambda2, 0, "a negative weight would shrink the intervals to nothing")
     sigma, scale = [F.softplus(r) for r in trust.rho.values()], list(trust.scale.values())
-    relative = [torch.div(s, c, out=r.detach()).requires_grad_() for s, c, r in zip(sigma, scale, trust.relative)]
+    relative = [(s / c).requires_grad_() for s, c in zip(sigma, scale)]
     R = REGULARISERS[regulariser](relative)
     lean = _lean(trust, x)
     own, noise = dict(lean.network.named_parameters()), [draw(trust.rho, trust.distribution) for _ in range(draws)]
