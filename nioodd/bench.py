@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Job', 'KINDS', 'Call', 'layer_calls', 'classifier_calls', 'generator_calls', 'matmul_job', 'conv_job', 'interleaved',
-           'PilDigits', 'UsualClassifier', 'usual_epoch', 'usual_loss', 'usual_generator_steps', 'step_profile', 'Work',
-           'Measured', 'measure', 'memory_lines', 'bench_loop']
+           'machine', 'PilDigits', 'UsualClassifier', 'usual_epoch', 'usual_loss', 'usual_generator_steps',
+           'step_profile', 'Work', 'Measured', 'measure', 'memory_lines', 'bench_loop']
 
 # %% ../nbs/18_bench.ipynb #c2287849
 import os
@@ -124,6 +124,10 @@ def interleaved(
         if r >= 2 and time.perf_counter() - start > limit: break
         for name, job in jobs.items(): taken[name].append(seconds(job))
     return taken
+
+def machine(device: str | torch.device = "cpu") -> str: # The first words of a report
+    "What is measured on: the GPU's name, or the kind of CPU, its vector instructions and the number of threads."
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
 
 # %% ../nbs/18_bench.ipynb #6b49bd4a
 class PilDigits(Dataset):
@@ -328,9 +332,8 @@ def bench_loop(
     clock: Callable[[], float] = time.perf_counter, # See `interleaved`
 ) -> str: # A report of some 30 lines
     "Measure this machine: the product's rate, the classifier's epoch and the generator's step beside it and beside the usual way, and memory."
-    where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
     m = measure(device, **(dict(images=256, steps=2, rounds=2, limit=8.0) if quick else {}), progress=progress, clock=clock)
-    lines = [f"{where}, torch {torch.__version__}; medians of {len(m.images['usual generator'])} interleaved rounds", "", *_speed_lines(m), "", *_gain_lines(m), ""]
+    lines = [f"{machine(device)}, torch {torch.__version__}; medians of {len(m.images['usual generator'])} interleaved rounds", "", *_speed_lines(m), "", *_gain_lines(m), ""]
     if torch.device(device).type == "cpu":
         s, p = load("digits5k", "train", n=256 if quick else 1024), arithmetic("auto")
         with torch.random.fork_rng([]):

@@ -7,7 +7,6 @@ __all__ = ['USUAL', 'TOLERANCE', 'Subject', 'subject', 'Pieces', 'network_pieces
            'disagreement', 'Rates', 'rates', 'Table', 'table', 'layerwise_cost', 'bench_detectors']
 
 # %% ../nbs/27_bench_detectors.ipynb #2b39f086
-import platform
 import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
 from .baselines import BASELINES, Fit, Scorer, baseline, vim_dimension
-from .bench import interleaved
+from .bench import interleaved, machine
 from .data import load, to_input
 from .errors import NiooddError
 from .layerwise import LayerwiseDetector
@@ -280,8 +279,7 @@ def bench_detectors(
     if batch < 1 or rounds < 1: raise NiooddError(f"batches of {batch}, {rounds} rounds; expected at least 1 of each; leave them at their defaults")
     for name in detectors or (): baseline(name)
     cuda = torch.device(device).type == "cuda"
-    where = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
-    lines = [f"{where}, torch {torch.__version__}, pytorch-ood {version('pytorch-ood')}; medians of up to {rounds} interleaved rounds; the table once"]
+    lines = [f"{machine(device)}, torch {torch.__version__}, pytorch-ood {version('pytorch-ood')}; medians of up to {rounds} interleaved rounds; the table once"]
     for name in architectures:
         s = subject(name, images, fit_images, device, train_images)
         with torch.random.fork_rng([device] if cuda else []):

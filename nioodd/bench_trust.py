@@ -7,7 +7,6 @@ __all__ = ['Answer', 'monte_carlo', 'contestants', 'Race', 'images_for', 'race',
 
 # %% ../nbs/19_bench_trust.ipynb #b9ca6978
 import copy
-import platform
 import time
 from collections.abc import Callable
 from statistics import median
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bench import Job, interleaved
+from .bench import Job, interleaved, machine
 from .errors import NiooddError
 from .models import architecture, n_parameters
 from .siblings import Siblings, plain_logits
@@ -148,7 +147,6 @@ def bench_trust(
     "Siblings beside S forward passes, an ensemble and Monte-Carlo layers: speed and exactness; and a step of learning the intervals beside one of training."
     if not (architectures and members and batches): raise NiooddError("nothing to measure; expected at least one architecture, one number of members and one batch size; leave them at their defaults")
     if min(*members, *batches, 1) < 1: raise NiooddError(f"{', '.join(map(str, members))} members, batches of {', '.join(map(str, batches))}; expected at least 1 of each; leave them at their defaults")
-    where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
     races, exact, steps = [], [], []
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         for name in architectures:
@@ -159,5 +157,5 @@ def bench_trust(
                 ratio = median(a / b for a, b in zip(t["intervals"], t["training"]))
                 steps.append(f"{name} batch {batch}: training {1e3 * median(t['training']):.0f} ms, intervals at 2 draws {1e3 * median(t['intervals']):.0f} ms, ratio {ratio:.2f}")
     mc = [] if "MC layers" in races[0].seconds else ["MC layers: bayesian-torch is not installed"]
-    return "\n".join([f"{where}, torch {torch.__version__}; medians of up to {rounds} interleaved rounds; the ratios are of times", "", *_race_lines(races), *mc, "",
+    return "\n".join([f"{machine(device)}, torch {torch.__version__}; medians of up to {rounds} interleaved rounds; the ratios are of times", "", *_race_lines(races), *mc, "",
                       "largest difference of logits from the siblings run one by one, over the largest logit", *exact, "", "a step of learning", *steps])
