@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from nioodd.data import to_input
 from nioodd.detector import Detector, GarbageDetector, read_detector, write_detector
 from nioodd.errors import NiooddError
-from nioodd.layerwise import Bank, LayerwiseDetector, Surprise, directions, fit_layerwise, layer_scores, listening_posts, read_directions, subspace
+from nioodd.layerwise import Bank, LayerwiseDetector, Surprise, directions, fit_layerwise, layer_scores, listening_posts, prototypes, read_directions, subspace
 from nioodd.metrics import ood_metrics
 from nioodd.models import ARCHITECTURES, Classifier
 from nioodd.scores import energy
@@ -119,6 +119,15 @@ def test_score_written_out(network):
     want = [-max((a @ basis) @ (b @ basis) for b in u) for a in seen["head"]]
     torch.testing.assert_close(s["head"], torch.stack(want).double(), rtol=1e-5, atol=1e-6)
     assert torch.equal(s["energy"], energy(logits, 3)) and z.shape == (6, 3)
+
+
+def test_the_nearest_is_found_exactly_also_under_autocast():
+    u = nn.functional.normalize(torch.rand(2000, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    basis = subspace(u, 16).double()
+    bank = Bank(basis, prototypes((u @ basis.float())[:1500]).half().float())
+    with torch.autocast("cpu", torch.bfloat16): inside = bank(u[1500:])
+    assert torch.equal(inside, bank(u[1500:]))
+    torch.testing.assert_close(inside, -(u[1500:].double() @ basis @ bank.known.double().T).amax(1), rtol=0, atol=3e-7)
 
 
 @pytest.mark.parametrize("n", [20, 25, 1000])
