@@ -10,12 +10,14 @@ __all__ = ['AT_ONCE', 'has_bfloat16', 'arithmetic', 'autocast', 'class_weights',
 # %% ../nbs/04_train.ipynb #58d6495d
 import contextlib
 import errno
+import glob
 import json
 import math
 import os
 import platform
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
@@ -235,7 +237,10 @@ def write_atomic(
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+            with contextlib.suppress(FileNotFoundError):                   # another process was faster
+                if time.time() - left.stat().st_mtime > 3600: left.unlink()
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as f:
             temporary = Path(f.name)
             f.write(data)
             f.flush()
