@@ -61,7 +61,8 @@ def disagreement(
     form: str = "sum", # "sum": H + D, or "product": H · D, as paper 2 prints it
     tau: float = torch.finfo(torch.float64).tiny, # τ, added to the denominator; larger values merge scores into ties
 ) -> Tensor: # float64 [N], from log τ upwards
-    "−log M: the negative log of the measure of agreement (paper 2, eq. 6). Errors as `log_probabilities`."
+    "−log M: the negative log of the measure of agreement (paper 2, eq. 6). Errors as `log_probabilities`; τ <= 0."
+    if not tau > 0: raise NiooddError(f"tau is {tau}; expected more than 0; it keeps the logarithm finite where siblings agree in full")
     h, d = entropy_of_mean(logits), dispersion(logits)
     if form == "sum": return (h + d + tau).log()
     if form != "product": raise unknown("form", form, ["sum", "product"])

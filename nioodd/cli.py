@@ -191,7 +191,7 @@ def _run(a: argparse.Namespace) -> int:
             from nioodd.fit import beside_run
             beside_run(out, a.root)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"the finished rounds are kept; go on with: nioodd run --resume --out {shlex.quote(str(out))}") from None
+        raise KeyboardInterrupt(f"the finished rounds are kept; go on with: {_resumed('nioodd run', out, a)}") from None
     page = write_report(out)
     print(format_table(before_after(out), "text"))
     print(f"\nround {info['best_round']} kept, {info['seconds']:.0f} s\nreport    {page}\npictures  {out / 'pictures'}\ndetector  nioodd score {shlex.quote(str(out))} IMAGE…")
@@ -202,6 +202,10 @@ def _run(a: argparse.Namespace) -> int:
 def _said(words: list[str], options, base) -> str:
     "The command in one canonical form, for the result file: whatever way its options were given."
     return shlex.join(["nioodd", *words, *(x for s in settings(options, base) for x in ("--set", s))])
+
+def _resumed(command: str, out: str | os.PathLike, a: argparse.Namespace) -> str:
+    "The command that goes on with what was interrupted."
+    return f"{command} --resume " + shlex.join(["--out", str(out), *(["--root", a.root] if a.root else []), *(["--device", a.device] if a.device != "auto" else [])])
 
 def _train(a: argparse.Namespace) -> int:
     "`nioodd train`: prints the accuracies and where the network is."
@@ -214,7 +218,7 @@ def _train(a: argparse.Namespace) -> int:
     command = _said(["train", a.recipe, "--seed", str(a.seed)], recipe, base)
     try: info = train_classifier(recipe, out, root=a.root, seed=a.seed, device=_device(a.device), resume=a.resume, details=dict(command=command))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"the finished epochs are kept; go on with: {command} --resume --out {shlex.quote(str(out))}") from None
+        raise KeyboardInterrupt(f"the finished epochs are kept; go on with: {_resumed(command, out, a)}") from None
     print(", ".join(f"{k.replace('_', ' ')} accuracy {v:.2%}" for k, v in info["accuracy"].items() if v is not None), f"\nnetwork   {out}")
     return 0
 
@@ -230,7 +234,7 @@ def _trust_fit(a: argparse.Namespace) -> int:
     try: fit = fit_folder(a.model, out, options, data=a.data, root=a.root, device=_device(a.device), resume=a.resume, details=dict(command=command))
     except KeyboardInterrupt:
         if not (Path(out) / "learning.safetensors").is_file(): raise
-        raise KeyboardInterrupt(f"the intervals of the last check are kept; go on with: {command.replace(shlex.quote(words[2]), shlex.quote(a.model), 1)} --resume --out {shlex.quote(str(out))}") from None
+        raise KeyboardInterrupt(f"the intervals of the last check are kept; go on with: {_resumed(command.replace(shlex.quote(words[2]), shlex.quote(a.model), 1), out, a)}") from None
     last = fit["rows"][-1]
     print(f"{last['stopped']} ({last['step']}); accuracy on {fit['watched']} images {last['original_accuracy']:.2%}, of siblings {last['sibling_accuracy']:.2%}; σ {last['strength']:.2f} × a layer's spread of weights"
           f"\ndetector  {out}")

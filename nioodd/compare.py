@@ -131,12 +131,14 @@ def compare(
 ) -> dict: # `rows`, `accuracy`, `strength`, `intervals`, `error_change` and where it all comes from
     "Measure one network and its intervals. Raises `NiooddError` for a folder or a set that is not there, or a file that is."
     if pool < 1: raise NiooddError(f"pool is {pool}; expected at least 1 sibling beside the network")
+    if images < 1 or changes < 0: raise NiooddError(f"images is {images} and changes {changes}; expected at least 1 image of each set, and 0 or more changes")
     if out is not None and Path(out).exists(): raise NiooddError(f"{out} exists; give another --out, or delete it to measure anew")
     detector = TrustIntervalDetector.load(folder)
     if data is None: data = _id_set(Path(folder))
     model, learnt = detector.model, detector.siblings.sigma
     shape = {k: model.arguments[k] for k in ("size", "channels")}
     test = load(data, "test", root=root, **shape)
+    if test.name in ood: raise NiooddError(f"{test.name} is the known set; expected others among the sets that are not known; leave it out of ood")
     sets = {test.name: test} | {s.name: s for s in (evenly(load(o, "all", root=root, **shape), images) for o in ood)}
     share = strength(model, learnt)
     untrained = {k: s for k, s in uniform_sigma(model, share, norm=True).items() if k in learnt}

@@ -23,7 +23,7 @@ from . import __version__
 from .data import to_input
 from .errors import NiooddError, unknown
 from .metrics import threshold_keeping
-from .models import NETWORKS, Classifier
+from .models import NETWORKS, Classifier, as_logits
 from .scores import garbage_log_odds, garbage_probability, uncertainty
 from .train import eval_mode, in_batches, load_tensors, save_tensors, write_atomic
 
@@ -59,7 +59,7 @@ def network_logits(
     "Logits in eval mode, without gradients; every submodule's mode is as before afterwards, also after an error."
     device = next((t.device for t in model.state_dict().values()), "cpu")
     with eval_mode(model):
-        return torch.cat([model(as_input(b.to(device)).clone(memory_format=torch.channels_last)) for b in input_batches(model, x, batch_size)])
+        return torch.cat([as_logits(model(as_input(b.to(device)).clone(memory_format=torch.channels_last)), len(b)) for b in input_batches(model, x, batch_size)])
 
 # %% ../nbs/10_detector.ipynb #20631b1b
 def load_weights(
@@ -126,7 +126,10 @@ def read_detector(
         raise NiooddError(f"{folder} {what}" if path.parent.is_dir() else f"{folder} does not exist; expected the folder of a run or a detector; check the path")
     try: description = json.loads(path.read_text())
     except ValueError: description = None
-    missing = {"format", "sha256", "detector", "threshold", "arguments", "network"} - set(description if isinstance(description, dict) else ())
+    if not isinstance(description, dict): description = {}
+    kinds = dict(format=int, sha256=str, detector=str, arguments=dict, network=dict)
+    missing = {k for k, kind in kinds.items() if not isinstance(description.get(k), kind)} | {"threshold"} - description.keys()
+    missing |= {f"network.{k}" for k in ("class", "arguments", "channels_last") if "network" not in missing and k not in description["network"]}
     if missing: raise NiooddError(f"{path} lacks {', '.join(sorted(missing))}; expected the JSON of a detector's save; it was cut short or is another file: save again")
     if description["format"] > FORMAT: raise NiooddError(f"{path} has format {description['format']}; this version reads up to {FORMAT}; update nioodd")
     tensors, _ = load_tensors(weights)

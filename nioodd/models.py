@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'NETWORKS', 'fitting', 'block', 'Classifier', 'forward_flops', 'he_initialise', 'Architecture',
            'n_parameters', 'ShallowCNN', 'VGG16', 'conv_norm', 'Residual', 'ResNet20', 'BlockCNN', 'DenseLayer',
-           'DenseNet100', 'architecture', 'logits_and_layers', 'logits_and_features']
+           'DenseNet100', 'architecture', 'as_logits', 'logits_and_layers', 'logits_and_features']
 
 # %% ../nbs/03_models.ipynb #1b25e006
 import torch
@@ -198,6 +198,16 @@ def architecture(
     return ARCHITECTURES[name](n_outputs, **given)
 
 # %% ../nbs/03_models.ipynb #10e82151
+def as_logits(
+    out: object, # What a classifier returned
+    n: int, # For how many images
+) -> Tensor: # [n, K]
+    "`out`, if it is logits; else raises `NiooddError`."
+    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != n:
+        what = f"a tensor of shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
+        raise NiooddError(f"the classifier returned {what} for {n} images; expected logits [N, K]; wrap it so that it returns them")
+    return out
+
 def logits_and_layers(
     model: nn.Module, # Any classifier: images → logits [N, K]
     x: Tensor, # Images as the model takes them
@@ -209,9 +219,7 @@ def logits_and_layers(
     try: logits = model(x)
     finally:
         for h in hooks: h.remove()
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
-        what = f"a tensor of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise NiooddError(f"the classifier returned {what} for {len(x)} images; expected logits [N, K]; wrap it so that it returns them")
+    as_logits(logits, len(x))
     if not seen: raise NiooddError(f"{type(model).__name__} has no linear or convolutional layer; its features are unknown; wrap its output in one")
     return logits, seen
 

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .errors import NiooddError, unknown
+from .models import as_logits
 from .train import eval_mode, in_batches
 
 # %% ../nbs/14_siblings.ipynb #ba8382e8
@@ -65,14 +66,17 @@ def plain_logits(
     x: Tensor, # [B, C, H, W] as the network takes them
 ) -> Tensor: # [S, B, K]
     "Logits of the siblings, one after another, in eval mode and without gradients."
-    with eval_mode(model): return torch.stack([call_with(model, w, x) for w in weights])
+    with eval_mode(model): return torch.stack([as_logits(call_with(model, w, x), len(x)) for w in weights])
 
 # %% ../nbs/14_siblings.ipynb #f00e62ba
 class _Graph:
     "The operations of `model` on a stand-in for the images, and its modules by name. Raises whatever tracing raises."
     def __init__(self, model: nn.Module):
-        with eval_mode(model): self.graph = fx.Tracer().trace(model)
-        self.model, self.modules = model, dict(model.named_modules(remove_duplicate=False))
+        self.model = object.__new__(type(model)) # Not `model` itself: the tracer leaves there what tensors `forward` makes, as constants
+        with eval_mode(model):
+            vars(self.model).update(vars(model))
+            self.graph = fx.Tracer().trace(self.model)
+        self.modules = dict(self.model.named_modules(remove_duplicate=False))
         self.calls = Counter(n.target for n in self.graph.nodes if n.op == "call_module")
 
     def module(self, node: fx.Node) -> nn.Module | None: return self.modules[node.target] if node.op == "call_module" else None
@@ -158,7 +162,7 @@ class Stacked:
     def __init__(self, model: nn.Module, weights: list[dict[str, Tensor]]):
         g, pairs = _simplified(model)
         own = dict(model.named_parameters())
-        varying, members = _varying(g, {id(own[name]) for name in weights[0]}, pairs), [sibling(model, w) for w in weights]
+        varying, members = _varying(g, {id(own[name]) for name in weights[0]}, pairs), [sibling(g.model, w) for w in weights]
         for m in members:
             for conv, norm in pairs: _replace(m, conv, fuse_conv_bn_eval(m.get_submodule(conv), m.get_submodule(norm)))
         shared = list(dict.fromkeys(a for n in varying for a in n.all_input_nodes if a not in varying))
@@ -181,7 +185,7 @@ def _simplified(model: nn.Module) -> tuple[_Graph, list[tuple[str, str]]]: # As 
     "The operations without norms and dropout, pooling first. Raises `NiooddError` for a network that does more than its operations show."
     hooked = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     if hooked: raise NiooddError("the network has forward hooks; expected none; its siblings run one after another")
-    by_batch = any(isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None for m in model.modules())
+    by_batch = any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None for m in model.modules())
     if by_batch: raise NiooddError("the network normalises by the batch; expected running statistics; its siblings run one after another")
     g = _Graph(model)
     pairs = _without_norms(g)
@@ -201,7 +205,7 @@ class Fused(NamedTuple):
 
 def _fused(model: nn.Module) -> Fused:
     g, pairs = _simplified(model)
-    network, factor = sibling(model, {}), {}
+    network, factor = sibling(g.model, {}), {}
     for conv, norm in pairs:
         c, n = model.get_submodule(conv), model.get_submodule(norm)
         a = (n.running_var + n.eps).rsqrt() * (1 if n.weight is None else n.weight.detach())
@@ -225,24 +229,22 @@ def fused(
     return found if same else Fused(model, {})
 
 # %% ../nbs/14_siblings.ipynb #1b19e73a
-def _tensors(model: nn.Module) -> list[Tensor]:
-    "All parameters and buffers (`model.parameters()` takes ten times as long, as much as a layer)."
-    found, todo = [], [model]
-    while todo:
-        m = todo.pop()
-        found += [t for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        todo += [child for child in m._modules.values() if child is not None]
-    return found
-
 class Watch:
-    "Notices that a tensor of `model` was changed or replaced since this was made."
+    "Notices that a tensor or a module of `model` was changed or replaced, or a hook added or removed, since this was made."
     def __init__(self, model: nn.Module):
         self.model = model
-        self.marks = self._marks()
-        self.some = [t.detach().as_strided((min(t.numel(), 256),), (max(t.numel() // 256, 1),)) for t in _tensors(model) if t.is_floating_point()]
+        self.marks = self._marks() # They hold the modules, so that no other can come to lie where one was
+        self.some = [t.detach().as_strided((min(t.numel(), 256),), (max(t.numel() // 256, 1),)) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
         self.values = torch.cat(self.some)
 
-    def _marks(self) -> list: return [(t.data_ptr(), t.device, None if t.is_inference() else t._version) for t in _tensors(self.model)]
+    def _marks(self) -> list:
+        found, todo = [], [self.model]
+        while todo:
+            m = todo.pop()
+            found += [m, *m._forward_hooks, *m._forward_pre_hooks]
+            found += [(t.data_ptr(), t.device, None if t.is_inference() else t._version) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+            todo += [child for child in m._modules.values() if child is not None]
+        return found
 
     def changed(self) -> bool: return self._marks() != self.marks or not torch.equal(torch.cat(self.some), self.values)
 

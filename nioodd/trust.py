@@ -26,20 +26,21 @@ from .agreement import log_probabilities
 from .agreement import measure as measure_named
 from .detector import Detector, as_input
 from .errors import NiooddError, unknown
+from .models import as_logits
 from .scores import uncertainty
 from .siblings import DISTRIBUTIONS, Fused, Siblings, Watch, call_with, fused
 from .train import eval_mode, load_tensors, optimiser_tensors, restore_optimiser, save_tensors
 
 # %% ../nbs/15_trust.ipynb #c4f2557f
-WHICH = ("all", "conv", "head") # Every layer, convolutions only, the output layer only
+WHICH = ("all", "conv", "head") # Every layer, convolutions only, the output layer only: the linear layer or convolution that was defined last
 _CONVOLUTIONS = nn.modules.conv._ConvNd
-_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 def _scale(layer: nn.Module) -> float:
     w = getattr(layer, "weight", None)
-    w = (w if isinstance(w, Tensor) else torch.cat([p.flatten() for p in layer.parameters(recurse=False)])).detach().double()
+    w = (w if isinstance(w, Tensor) and w.numel() else torch.cat([p.flatten() for p in layer.parameters(recurse=False)])).detach().double()
     found = (w.std() if w.ndim > 1 and w.numel() > 1 else w.square().mean().sqrt()).item()
-    if found - found: raise NiooddError(f"the weights of {layer} are not finite; expected a trained network; train it again with a lower lr")
+    if found - found: raise NiooddError(f"the weights of a {type(layer).__name__} are not finite; expected a trained network; train it again with a lower lr")
     return found or 1e-3 # a layer of zeros has no scale of its own
 
 def scales(
@@ -49,14 +50,15 @@ def scales(
 ) -> dict[str, float]: # Name of a parameter that takes part → scale of its layer, in the order of `named_parameters`
     "The parameters that get an interval, and what σ is relative to. None at all, or an unknown `which`, raises `NiooddError`."
     if which not in WHICH: raise unknown("choice of parameters", which, WHICH)
-    layers = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+    layers = [m for m in model.modules() if any(p.numel() for p in m.parameters(recurse=False))]
     head = next((m for m in reversed(layers) if isinstance(m, (nn.Linear, _CONVOLUTIONS))), None)
     found: dict[int, float] = {}
-    for m in layers:
-        takes_part = {"all": True, "conv": isinstance(m, _CONVOLUTIONS), "head": m is head}[which]
-        if isinstance(m, _NORMS): takes_part = norm and which != "head"
-        for p in m.parameters(recurse=False):
-            if takes_part and p.is_floating_point(): found.setdefault(id(p), _scale(m))
+    with eval_mode(model): # Spectral norm changes its weight when it is read in training mode
+        for m in layers:
+            takes_part = {"all": True, "conv": isinstance(m, _CONVOLUTIONS), "head": m is head}[which]
+            if isinstance(m, _NORMS): takes_part = norm and which != "head"
+            for p in m.parameters(recurse=False):
+                if takes_part and p.is_floating_point() and p.numel(): found.setdefault(id(p), _scale(m))
     names = {k: found[id(p)] for k, p in model.named_parameters() if id(p) in found}
     if not names:
         raise NiooddError(f"{type(model).__name__} has no parameters for which={which!r}, norm={norm}; expected at least one; choose which='all', or norm=True if it has only normalisation layers")
@@ -126,9 +128,10 @@ def labelled(
     if not x.isfinite().all(): raise NiooddError("images hold NaN or infinity; expected finite numbers; look for them in the data set")
     if y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex():
         raise NiooddError(f"labels are {str(y.dtype).removeprefix('torch.')} {list(y.shape)} for {len(x)} images; expected integers [{len(x)}]; pass class numbers")
+    y = y.long() # Before they are compared with K, which may be more than a uint8 holds
     if len(y) and not 0 <= y.amin() <= y.amax() < n_outputs:
         raise NiooddError(f"labels run from {y.amin()} to {y.amax()}, but the network has {n_outputs} outputs; expected 0 to {n_outputs - 1}; use the classes it was trained on")
-    return x, y.long()
+    return x, y
 
 # %% ../nbs/15_trust.ipynb #c448b187
 def why_stop(
@@ -202,9 +205,10 @@ class TrustIntervals:
     def load(cls, file: str | os.PathLike, model: nn.Module) -> "TrustIntervals":
         "Intervals that were saved, around the weights of `model`. A file of another architecture raises `NiooddError` with names and shapes."
         rho, meta = load_tensors(file)
-        if "trust" not in meta: raise NiooddError(f"{file} holds no trust intervals; expected a file written by TrustIntervals.save; check the path")
+        if not isinstance(meta, dict) or not isinstance(meta.get("trust"), dict): raise NiooddError(f"{file} holds no trust intervals; expected a file written by TrustIntervals.save; check the path")
         _check_fit(model, rho)
-        trust = cls(model, **meta["trust"])
+        try: trust = cls(model, **meta["trust"])
+        except TypeError as e: raise NiooddError(f"{file} has options that TrustIntervals does not know ({e}); expected a file written by TrustIntervals.save; save it again") from None
         if rho.keys() != trust.rho.keys(): raise NiooddError(f"{file} has no intervals for {', '.join(sorted(trust.rho.keys() - rho.keys())[:4])}; expected one for each parameter of this {type(model).__name__}; pass the network that they were learnt for")
         for k, r in trust.rho.items(): r.copy_(rho[k])
         return trust
@@ -251,7 +255,7 @@ def _data_gradient(trust: TrustIntervals, lean: Fused, siblings: list[dict[str, 
         for a, b in zip(x.split(part), y.split(part)):
             terms = nll_and_variance(torch.stack([call_with(network, s, a) for s in siblings]), b)
             share = len(b) / len(y)
-            g = torch.autograd.grad(share * (terms[0] + lambda1 * terms[1]), leaves)
+            g = torch.autograd.grad(share * (terms[0] + lambda1 * terms[1]), leaves, materialize_grads=True) # 0 for weights that eval mode does not use
             total = total + share * torch.stack(terms).detach()
             for i, e in enumerate(noise):
                 mine, e = g[i * len(e):(i + 1) * len(e)], list(e.values())
@@ -262,6 +266,7 @@ def _data_gradient(trust: TrustIntervals, lean: Fused, siblings: list[dict[str, 
     return total, by_sigma
 
 # %% ../nbs/15_trust.ipynb #b1855220
+@torch.enable_grad()
 def learning_step(
     trust: TrustIntervals,
     x: Tensor, # float [B, C, H, W] as the network takes it
@@ -278,6 +283,9 @@ def learning_step(
     _at_least("draws", draws, 2, "the variance over the siblings needs two")
     _at_least("lambda1", lambda1, 0, "a negative weight would reward disagreement on known images")
     _at_least("lambda2", lambda2, 0, "a negative weight would shrink the intervals to nothing")
+    _at_least("lr", lr, 0, "a negative one would go up the gradient")
+    _at_least("the number of images in a batch", len(y), 1, "leave empty batches out")
+    if any(r.dtype == torch.float16 for r in trust.rho.values()): raise NiooddError("the weights are float16; expected float32, float64 or bfloat16; float16 has no numbers as small as these gradients: learn on model.float()")
     sigma, scale = [F.softplus(r) for r in trust.rho.values()], list(trust.scale.values())
     relative = [(s / c).requires_grad_() for s, c in zip(sigma, scale)]
     R = REGULARISERS[regulariser](relative)
@@ -302,14 +310,13 @@ ACCURACY_TO_LOSE = 0.003 # Siblings may lose this much on held-out ID images bef
 
 def _held_out(held_out, loader: Iterable, n: int, n_outputs: int, device) -> list[tuple[Tensor, Tensor]]:
     if isinstance(held_out, (tuple, list)) and len(held_out) == 2 and isinstance(held_out[0], Tensor):
-        x, y = held_out
-        return [labelled((a, b), n_outputs, device) for a, b in zip(x.split(500), y.split(500))]
+        held_out = zip(*(t.split(500) for t in held_out))
     found, seen = [], 0
     for batch in held_out if held_out is not None else loader:
         found.append(labelled(batch, n_outputs, device))
         seen += len(found[-1][1])
         if held_out is None and seen >= n: break
-    if not seen: raise NiooddError("the loader is empty; expected batches (images, labels); check its data set")
+    if not seen: raise NiooddError("there are no held-out images; expected batches (images, labels); check their data set")
     return found
 
 @torch.no_grad()
@@ -331,9 +338,7 @@ def _first(loader: Iterable, model: nn.Module, device) -> int: # K; the loader a
     batch = next(iter(loader), None)
     if batch is None: raise NiooddError("the loader is empty; expected batches (images, labels); check its data set")
     x, _ = labelled(batch, 1 << 62, device)
-    with eval_mode(model), torch.no_grad(): z = model(x[:1])
-    if not isinstance(z, Tensor) or z.ndim != 2: raise NiooddError(f"the network returns {list(z.shape) if isinstance(z, Tensor) else type(z).__name__} for one image; expected logits [1, K]; wrap it so that it does")
-    return z.shape[1]
+    with eval_mode(model), torch.no_grad(): return as_logits(model(x[:1]), 1).shape[1]
 
 def _cycled(loader: Iterable) -> Iterator:
     while True:
@@ -387,11 +392,14 @@ def learn(
     todo = len(loader) if steps is None and hasattr(loader, "__len__") else steps
     if todo is None: raise NiooddError("the loader has no length; expected steps=...; say how many steps to make")
     _at_least("steps", todo, 1, "leave it out for one pass over the loader, which must not be empty")
+    for name, value in dict(check_every=check_every, patience=patience).items(): _at_least(name, value, 1, "see why_stop")
     device, terms, stopped = next(iter(trust.rho.values())).device, [], None
     begun = dict(trust.options, steps=todo, check_every=check_every, patience=patience, rise=rise, seed=seed, **options)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         n_outputs = _first(loader, trust.model, device)
+        if trust.options["which"] == "head" and (wrong := [k for k, r in trust.rho.items() if len(r) != n_outputs]):
+            raise NiooddError(f"which='head' found {wrong[0]}, but the network has {n_outputs} outputs; expected its output layer to be the layer defined last; choose which='all', or define it last")
         watched = _held_out(held_out, loader, 1000, n_outputs, device)
         batches = _cycled(loader)
         rows, saved = _kept(trust, checkpoint, begun, watched, patience + 1) # `saved`: ρ at the last checks
@@ -435,9 +443,13 @@ class TrustIntervalDetector(Detector):
         self.classes, self.n_known = list(classes) if classes is not None else None, n_known
         self.measure, self.n, self.seed, self.distribution, self._score = measure, n, seed, distribution, measure_named(measure)
         self.siblings: Siblings | None = None
+        if n_known is not None: _at_least("n_known", n_known, 1, "it is the number of known classes")
+        if classes is not None and n_known not in (None, len(classes)): raise NiooddError(f"{len(classes)} class names for n_known={n_known}; expected one for each known class")
         if sigma is not None: self.restore(sigma.sigma() if isinstance(sigma, TrustIntervals) else sigma)
 
-    def arguments(self) -> dict[str, Any]: return dict(measure=self.measure, n=self.n, seed=self.seed, distribution=self.distribution, classes=self.classes, n_known=self.n_known)
+    def arguments(self) -> dict[str, Any]:
+        drawn = self.siblings or self # They may have grown, or been drawn anew, since
+        return dict(measure=self.measure, n=drawn.n, seed=drawn.seed, distribution=self.distribution, classes=self.classes, n_known=self.n_known)
     def learnt(self) -> dict[str, Tensor]: return dict(self._drawn().sigma)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -457,6 +469,9 @@ class TrustIntervalDetector(Detector):
 
     def predict_logits(self, logits: Tensor) -> Tensor: # [S, B, K] → float64 [B]
         "Scores from the siblings' logits, of the known classes only."
+        known = self.n_known or logits.shape[-1]
+        if known > logits.shape[-1] or len(self.classes or range(known)) != known:
+            raise NiooddError(f"n_known is {self.n_known} and there are {len(self.classes or ())} class names, but the network has {logits.shape[-1]} outputs; expected a name for each known class, and no more classes than outputs")
         return self._score(logits[..., :self.n_known])
 
     def predict(self, x: Tensor) -> Tensor: # [B, C, H, W], see `as_input` → float64 [B], on the network's device

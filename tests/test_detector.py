@@ -192,13 +192,17 @@ def damage(folder, how):
     elif how == "later format": described.write_text(json.dumps(json.loads(text) | dict(format=99)))
     elif how == "unknown kind": described.write_text(json.dumps(json.loads(text) | dict(detector="GarbageDetecter")))
     elif how == "unknown argument": described.write_text(json.dumps(json.loads(text) | dict(arguments=dict(n_unknown=3))))
+    elif how == "network null": described.write_text(json.dumps(json.loads(text) | dict(network=None)))
+    elif how == "network of nothing": described.write_text(json.dumps(json.loads(text) | dict(network={})))
+    elif how == "format in words": described.write_text(json.dumps(json.loads(text) | dict(format="one")))
     elif how == "other size": described.write_text(text.replace('"size": 8', '"size": 16'))
 
 
 @pytest.mark.parametrize("how, word", [
     ("no folder", "does not exist"), ("no json", "no detector.json"), ("no weights", "does not exist"), ("json cut short", "detector.json lacks"),
     ("json of something else", "detector.json lacks"), ("weights cut short", "cannot be read"), ("weights empty", "cannot be read"), ("one bit", "checksum"),
-    ("later format", "format 99"), ("unknown kind", "did you mean 'GarbageDetector'"), ("unknown argument", "n_unknown"), ("other size", "do not fit")])
+    ("later format", "format 99"), ("unknown kind", "did you mean 'GarbageDetector'"), ("unknown argument", "n_unknown"), ("other size", "do not fit"),
+    ("network null", "lacks network"), ("network of nothing", "lacks network.arguments"), ("format in words", "lacks format")])
 def test_damaged_files(detector, tmp_path, how, word):
     detector.save(tmp_path)
     damage(tmp_path, how)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from nioodd.cli import main
+from nioodd.cli import main, parser
 from nioodd.config import Config, with_values
 from nioodd.data import load
 from nioodd.detector import Detector
@@ -76,6 +76,9 @@ def test_compare_writes_rows(guard, tmp_path, capsys):
     result = json.loads(out.read_text())
     assert {r["noise"] for r in result["rows"]} == {"none", "learnt", "untrained"} and {r["ood"] for r in result["rows"]} == {"letters"}
     assert "exists" in error(capsys, *argv)
+    other = [*argv[:-1], str(tmp_path / "other.json")]
+    for what, value, says in (("--ood", "digits5k,letters", "digits5k is the known set"), ("--images", "-5", "images is -5"), ("--changes", "-1", "changes -1")):
+        assert says in error(capsys, *other, what, value)
 
 
 def test_bad_input_is_one_line(plain, guard, tmp_path, capsys):
@@ -128,6 +131,14 @@ def test_an_interrupted_learning_goes_on(plain, tmp_path, capsys, monkeypatch):
     assert [p.name for p in out.iterdir()] == ["learning.safetensors"]
     settings = ["--set", "steps=30", "--set", "batch_size=64", "--out", str(out)]
     assert "--resume" in error(capsys, "trust", "fit", plain, *settings)
+    with monkeypatch.context() as m:
+        def stopped(*args, **kwargs): raise KeyboardInterrupt
+        m.setattr("nioodd.fit.fit_folder", stopped)
+        m.setattr("nioodd.recipes.train_classifier", stopped)
+        for argv in (["trust", "fit", str(plain), *settings], ["train", "C1", "--out", str(out)]):
+            a = parser().parse_args([*argv, "--root", "some where", "--device", "cpu"])
+            with pytest.raises(KeyboardInterrupt) as e: a.do(a)
+            assert str(e.value).endswith(f"--resume --out {out} --root 'some where' --device cpu")
     assert "steps: 30 → 31" in error(capsys, "trust", "fit", plain, "--resume", "--set", "steps=31", *settings[2:])
     assert "no learning" in error(capsys, "trust", "fit", plain, "--resume", *settings[:-1], tmp_path / "new")
     assert main(["trust", "fit", str(plain), "--resume", *settings]) == 0

@@ -176,7 +176,8 @@ def test_never_of_old_weights(name):
         with torch.no_grad(): last.weight[0, 0] += 1
     def replaced(): last.weight = nn.Parameter(torch.randn_like(last.weight))
     for change in (step, no_grad, replaced, lambda: conv.weight.data.mul_(1.3), lambda: setattr(last.bias, "data", torch.randn(5)), lambda: norm.running_var.add_(0.5),
-                   lambda: model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()})):
+                   lambda: model.load_state_dict({k: v * 1.1 for k, v in model.state_dict().items()}), lambda: last.register_forward_hook(lambda m, args, y: y / 5),
+                   lambda: last._forward_hooks.clear()):
         before = s.logits(x)
         change()
         assert difference(s.logits(x), before) > 1e-4, change
@@ -195,6 +196,26 @@ def test_the_model_is_left_alone():
     Siblings(model, sigma_of(model)).grow(3).redraw(4).logits(torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(0)))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and torch.equal(torch.get_rng_state(), rng)
     assert [(m.training, len(m._forward_hooks)) for m in model.modules()] == state and [(id(p), p.requires_grad, p.grad) for p in model.parameters()] == ids
+
+def test_constants_that_forward_makes_are_not_left_in_the_model():
+    class Normalised(nn.Sequential):
+        def forward(self, x): return super().forward((x - torch.tensor(.13)) / torch.tensor([.3, .2, .1]).view(3, 1, 1))
+    model = used(Normalised(nn.Conv2d(3, 8, 5), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5)))
+    before, s, x = vars(model).keys() - {}, Siblings(model, sigma_of(model)), torch.randn(4, 3, 12, 12)
+    for seed in range(3):
+        assert difference(s.redraw(seed).logits(x), one_by_one(s, x)) <= 2e-6 and s.why_plain is None
+        assert vars(model).keys() == before
+
+def test_another_layer_without_weights():
+    model = used(nn.Sequential(nn.Flatten(), nn.Linear(432, 20), nn.ReLU(), nn.Linear(20, 5)))
+    s, x = Siblings(model, sigma_of(model)), torch.randn(4, 3, 12, 12)
+    before, model[2] = s.logits(x), nn.Tanh()
+    assert difference(s.logits(x), before) > 1e-3 and difference(s.logits(x), one_by_one(s, x)) <= 2e-6
+
+def test_normalising_by_the_image_is_not_by_the_batch():
+    model = used(nn.Sequential(nn.Conv2d(3, 8, 5), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), nn.Flatten(), nn.Linear(512, 5)))
+    s, x = Siblings(model, sigma_of(model)), torch.randn(4, 3, 12, 12)
+    assert difference(s.logits(x), one_by_one(s, x)) <= 2e-6 and s.why_plain is None
 
 def test_a_module_in_two_places_is_left_alone():
     "functional_call would leave the last sibling's weights in it (pytorch issue 164759)."

@@ -141,6 +141,38 @@ def test_parameters_by_choice():
     assert strength(net, s) == pytest.approx(.3) and all(s[k].shape == p.shape for k, p in net.named_parameters() if k in s)
 
 
+def test_odd_parameters():
+    "RMS norm is a norm; an empty parameter is none; spectral norm is not moved on by looking at it."
+    assert list(scales(nn.Sequential(nn.Linear(8, 8, bias=False), nn.RMSNorm(8)))) == ["0.weight"]
+    empty = nn.Linear(8, 8); empty.spare = nn.Parameter(torch.empty(0))
+    assert list(scales(empty)) == ["weight", "bias"]
+    net = nn.Sequential(nn.Flatten(), nn.utils.parametrizations.spectral_norm(nn.Linear(64, 4))).train()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    trust = TrustIntervals(net)
+    trust.fit([(images(32), torch.arange(32) % 4)], progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net.training
+
+
+class Auxiliary(nn.Module):
+    "A second head that only training uses, defined last; an output layer that is defined before the body."
+    def __init__(self):
+        super().__init__()
+        self.head, self.body, self.second = nn.Linear(16, 4), nn.Linear(64, 16), nn.Linear(16, 7)
+    def forward(self, x):
+        h = self.body(x.flatten(1)).relu()
+        return (self.head(h), self.second(h)) if self.training else self.head(h)
+
+
+class Pair(Auxiliary):
+    def forward(self, x): return super().forward(x), x
+
+
+def test_weights_that_eval_mode_does_not_use():
+    with torch.no_grad(): trust = TrustIntervals(Auxiliary()); trust.fit([(images(32), torch.arange(32) % 4)], steps=3, progress=False)
+    assert all(r.isfinite().all() for r in trust.rho.values()) and len(trust.rho) == 6
+    with pytest.raises(NiooddError, match="which='head' found second.weight, but the network has 4 outputs"): TrustIntervals(Auxiliary(), "head").fit([(images(8), torch.arange(8) % 4)], progress=False)
+
+
 def test_no_parameters():
     for net in (nn.Flatten(), nn.Sequential(nn.BatchNorm2d(3))):
         for make in (TrustIntervals, uniform_sigma):
@@ -320,7 +352,8 @@ def test_warns_when_siblings_are_worse(network):
 
 
 @pytest.mark.parametrize("options, word", [(dict(draws=1), "draws is 1"), (dict(lambda1=-.1), "lambda1 is -0.1"), (dict(lambda2=-1), "lambda2 is -1"), (dict(lambda2=float("nan")), "lambda2 is nan"),
-                                           (dict(regulariser="log"), "unknown regulariser"), (dict(steps=0), "steps is 0")])
+                                           (dict(regulariser="log"), "unknown regulariser"), (dict(steps=0), "steps is 0"), (dict(lr=-.01), "lr is -0.01"), (dict(check_every=0), "check_every is 0"),
+                                           (dict(patience=0), "patience is 0"), (dict(held_out=(images(0), torch.zeros(0).long())), "no held-out images")])
 def test_bad_options(network, options, word):
     with pytest.raises(NiooddError, match=word): TrustIntervals(network).fit([(images(8), torch.arange(8) % 4)], progress=False, **options)
 
@@ -329,10 +362,24 @@ def test_bad_options(network, options, word):
     ([images(8)], "without labels"), ([(images(8),)], "without labels"), (DataLoader(TensorDataset(images(8))), "without labels"),
     ([], "steps is 0"), ((b for b in []), "no length"), ([(images(8), torch.arange(8))], "labels run from 0 to 7, but the network has 4 outputs"),
     ([(images(8), -torch.ones(8).long())], "labels run from -1"), ([(images(8), torch.rand(8))], "float32"), ([(images(8), torch.zeros(7).long())], r"\[7\] for 8 images"),
-    ([(torch.full((8, *SHAPE), float("nan")), torch.zeros(8).long())], "nan|NaN")])
+    ([(torch.full((8, *SHAPE), float("nan")), torch.zeros(8).long())], "nan|NaN"), ([(images(8), torch.zeros(8).long()), (images(0), torch.zeros(0).long())], "images in a batch is 0")])
 def test_bad_loaders(network, loader, word):
     with pytest.raises(NiooddError, match=word) as e: TrustIntervals(network).fit(loader, progress=False)
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_labels_of_any_integer_kind(network, dtype):
+    y, rows = torch.arange(32) % 4, []
+    for labels in (y, y.to(dtype)): rows.append(TrustIntervals(network, sigma_init=1e-4).fit([(images(32), labels)], progress=False))
+    assert rows[0] == rows[1]
+
+
+def test_float16_is_refused_before_anything_moves(network):
+    trust = TrustIntervals(network.half())
+    before = {k: r.clone() for k, r in trust.rho.items()}
+    with pytest.raises(NiooddError, match="weights are float16"): trust.step(to_input(images(4)).half(), torch.zeros(4).long())
+    assert all(torch.equal(before[k], r) for k, r in trust.rho.items())
 
 
 def test_a_loss_that_is_not_finite_names_the_term_and_changes_nothing(network):
@@ -359,6 +406,8 @@ def test_files_that_are_something_else(network, tmp_path):
     from nioodd.train import save_tensors
     with pytest.raises(NiooddError, match="does not exist"): TrustIntervals.load(tmp_path/"absent", network)
     with pytest.raises(NiooddError, match="no trust intervals"): TrustIntervals.load(save_tensors(tmp_path/"a", network.state_dict()), network)
+    for meta, word in ((1, "no trust intervals"), (dict(trust=None), "no trust intervals"), (dict(trust=dict(wich="all")), "does not know .*wich")):
+        with pytest.raises(NiooddError, match=word): TrustIntervals.load(save_tensors(tmp_path/"b", TrustIntervals(network).rho, meta), network)
 
 
 # The detector
@@ -390,6 +439,9 @@ def test_saved_and_loaded_detectors_score_alike(network, tmp_path, model):
     again = Detector.load(d.save(tmp_path), model=Residual() if model else None)
     assert type(again) is TrustIntervalDetector and again.arguments() == d.arguments() and again.threshold_ == d.threshold_
     assert torch.equal(again.predict(images(30, 1)), d.predict(images(30, 1)))
+    d.siblings.grow(5).redraw(9)
+    again = Detector.load(d.save(tmp_path), model=Residual() if model else None)
+    assert (again.siblings.n, again.siblings.seed) == (5, 9) and torch.equal(again.predict(images(30, 1)), d.predict(images(30, 1)))
 
 
 def test_a_score_is_never_kept(detector, network):
@@ -420,7 +472,10 @@ def test_drops_into_the_benchmark(detector, network):
     (lambda net: TrustIntervalDetector(net, uniform_sigma(Classifier(5, size=8))), r"\[5, 128\] in the intervals, \[4, 128\]"),
     (lambda net: TrustIntervalDetector(net).predict(images(2)), "no intervals"), (lambda net: TrustIntervalDetector(net, uniform_sigma(net), distribution="gausian"), "gaussian"),
     (lambda net: TrustIntervalDetector(net, uniform_sigma(net)).is_ood(images(2)), "no threshold"),
-    (lambda net: TrustIntervalDetector(net, uniform_sigma(net)).predict(images(2)[0]), "shape"), (lambda net: uniform_sigma(net, -1), "share is -1")])
+    (lambda net: TrustIntervalDetector(net, uniform_sigma(net)).predict(images(2)[0]), "shape"), (lambda net: uniform_sigma(net, -1), "share is -1"),
+    (lambda net: TrustIntervalDetector(net, uniform_sigma(net), n_known=-1), "n_known is -1"), (lambda net: TrustIntervalDetector(net, uniform_sigma(net), n_known=9).predict(images(2)), "n_known is 9 .* 4 outputs"),
+    (lambda net: TrustIntervalDetector(net, uniform_sigma(net), classes=["a"]).predict(images(2)), "1 class names"), (lambda net: TrustIntervalDetector(net, uniform_sigma(net), classes=["a"], n_known=3), "1 class names for n_known=3"),
+    (lambda net: TrustIntervalDetector(pair := Pair(), uniform_sigma(pair)).predict(images(2)), "returned tuple for 2 images")])
 def test_bad_detectors(network, make, word):
     with pytest.raises(NiooddError, match=word) as e: make(network)
     assert "\n" not in str(e.value)
