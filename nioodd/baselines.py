@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from .agreement import entropy_of_mean
 from .agreement import measure as measure_named
-from .detector import as_input
+from .detector import as_input, input_batches
 from .errors import NiooddError, unknown
 from .models import logits_and_features
 from .outputs import Outputs, output_layer
@@ -71,7 +71,8 @@ def _scores(name: str, parts: Iterable[Tensor]) -> Tensor: # float64 [N], on the
     if s.isnan().any(): raise NiooddError(f"{name} gave NaN for {int(s.isnan().sum())} of {len(s)} images; expected numbers; leave this detector out for this network")
     return s
 
-def _parts(x: Tensor, n: int = 500) -> list[Tensor]: return [p for p in x.split(n) if len(p)] # Some detectors cannot take an empty batch
+def _parts(x: Tensor, model: nn.Module | None = None) -> list[Tensor]: # Images in parts that suit the network, features by 500
+    return [p for p in (x.split(500) if model is None else input_batches(model, x)) if len(p)] # Some detectors cannot take an empty batch
 
 def _cite(detector: type) -> str:
     p = detector.info.paper
@@ -199,11 +200,11 @@ def odin_logits(
     images: Tensor, # uint8 [N, C, H, W], or float in [−1, 1]
     epsilons: Iterable[float], # Of pixels from 0 to 1
     temperature: float = 1000., # T of the loss whose gradient moves the image
-    batch_size: int = 500,
+    batch_size: int | None = None, # None: as `nioodd.train.in_batches` finds best
 ) -> Tensor: # float64 [E, N, K], on the CPU
     "The logits of each image moved by each ε (Liang et al., ICLR 2018, eq. 2); one backward pass, and one forward per ε. Parameters get no gradients."
     found, device = [], next(model.parameters()).device
-    for x in images.split(batch_size):
+    for x in input_batches(model, images, batch_size):
         x = as_input(x.to(device)).clone(memory_format=torch.channels_last)
         direction = ood.odin_preprocessing(model, x, eps=1., temperature=temperature, norm_std=[0.5] * x.shape[1]) - x
         with torch.no_grad(): found.append(torch.stack([model(x + e * direction) for e in epsilons]).double().cpu())
@@ -227,7 +228,7 @@ def odin_grid(
 def _make_odin(fit: Fit, temperature: float = 1000.) -> Scorer:
     model = _frozen(check_fit(fit).model)
     eps = EPSILONS[odin_grid(model, fit.held_out_images[:500], [temperature])[0].argmax()]
-    return lambda images: _scores("odin", (msp(odin_logits(model, x, [eps], temperature)[0] / temperature) for x in _parts(images)))
+    return lambda images: _scores("odin", (msp(odin_logits(model, x, [eps], temperature)[0] / temperature) for x in _parts(images, model)))
 
 BASELINES["odin"] = Baseline("odin", "images", _make_odin, _cite(ood.ODIN), "ODIN", "T = 1000; ε of 0…0.004 with the highest mean max p on held-out ID images")
 
@@ -254,7 +255,7 @@ def _from_images(name: str, detector: type, build: Callable[[Fit, nn.Module], Ca
         model = _frozen(check_fit(fit).model)
         device = next(model.parameters()).device
         score = build(fit, model)
-        return lambda images: _scores(name, (score(as_input(x.to(device))) for x in _parts(images)))
+        return lambda images: _scores(name, (score(as_input(x.to(device))) for x in _parts(images, model)))
     BASELINES[name] = Baseline(name, "images", make, _cite(detector), detector.__name__, settings)
 
 # %% ../nbs/24_baselines.ipynb #b1be49eb
@@ -346,7 +347,7 @@ def _from_draws(name: str, draws: int) -> None:
         check_fit(fit)
         net, sigma, _ = bayes_adapter(fit.model, fit.images, fit.labels, seed=fit.seed, **options)
         siblings, score = Siblings(net, sigma, draws, fit.seed, original=False), measure_named(measure)
-        return lambda images: _scores(name, (score(siblings.logits(as_input(x))) for x in _parts(images, 250)))
+        return lambda images: _scores(name, (score(siblings.logits(as_input(x))) for x in images.split(250) if len(x)))
     BASELINES[name] = Baseline(name, "images", make, "BayesAdapter: Being Bayesian, Inexpensively and Robustly, via Bayesian Fine-tuning, arXiv 2020", None,
                                f"the authors' step sizes, 400 steps of 128, {draws} draws, entropy of the mean; without their stand-ins for OOD")
 
