@@ -890,6 +890,7 @@ d = { 'settings': { 'branch': 'main',
                               'nioodd.trust.learning_step': ('trust.html#learning_step', 'nioodd/trust.py'),
                               'nioodd.trust.nll_and_variance': ('trust.html#nll_and_variance', 'nioodd/trust.py'),
                               'nioodd.trust.scales': ('trust.html#scales', 'nioodd/trust.py'),
+                              'nioodd.trust.softplus': ('trust.html#softplus', 'nioodd/trust.py'),
                               'nioodd.trust.strength': ('trust.html#strength', 'nioodd/trust.py'),
                               'nioodd.trust.uniform_sigma': ('trust.html#uniform_sigma', 'nioodd/trust.py'),
                               'nioodd.trust.why_stop': ('trust.html#why_stop', 'nioodd/trust.py')}}}

@@ -205,7 +205,7 @@ class Fused(NamedTuple):
 
 def _fused(model: nn.Module) -> Fused:
     g, pairs = _simplified(model)
-    network, factor = sibling(g.model, {}), {}
+    network, factor = sibling(g.model, {k: p.detach() for k, p in model.named_parameters() if p.ndim == 4}), {} # Convolutions channels last
     for conv, norm in pairs:
         c, n = model.get_submodule(conv), model.get_submodule(norm)
         a = (n.running_var + n.eps).rsqrt() * (1 if n.weight is None else n.weight.detach())
