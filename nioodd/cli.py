@@ -53,6 +53,7 @@ def _trust_arguments(commands) -> None:
     compare.add_argument("--out", required=True, metavar="FILE", help="the JSON file; must not exist")
     compare.add_argument("--images", type=int, default=10000, metavar="N", help="per OOD set, at most (default 10000)")
     compare.add_argument("--pool", type=int, default=18, metavar="N", help="siblings drawn (default 18)")
+    compare.add_argument("--shares", metavar="0.1,0.2", help="more untrained noise, σ in units of a layer's spread of weights (default: only as strong as the learnt)")
     compare.add_argument("--changes", type=int, default=1000, metavar="N", help="images per set whose change of error ΔE by paper 2's equation (3) is measured (default 1000; 0: none)")
     _common(compare, "root")
     compare.set_defaults(do=_trust_compare)
@@ -258,8 +259,11 @@ def _guard(a: argparse.Namespace) -> int:
 def _trust_compare(a: argparse.Namespace) -> int:
     "`nioodd trust compare`: prints the mean FPR95 (ID positive) of every score on every set."
     from nioodd.compare import compare, format_comparison
-    words = ["nioodd", "trust", "compare", Path(a.detector).name, *(["--data", a.data] if a.data else []), "--ood", a.ood, "--images", str(a.images), "--pool", str(a.pool), "--changes", str(a.changes)]
-    result = compare(a.detector, a.data, tuple(a.ood.split(",")), a.out, root=a.root, images=a.images, pool=a.pool, changes=a.changes, details=dict(command=shlex.join(words)))
+    try: shares = tuple(map(float, a.shares.split(","))) if a.shares else ()
+    except ValueError: raise NiooddError(f"--shares is {a.shares!r}; expected numbers, as 0.1,0.2") from None
+    words = ["nioodd", "trust", "compare", Path(a.detector).name, *(["--data", a.data] if a.data else []), "--ood", a.ood, "--images", str(a.images), "--pool", str(a.pool),
+             *(["--shares", a.shares] if a.shares else []), "--changes", str(a.changes)]
+    result = compare(a.detector, a.data, tuple(a.ood.split(",")), a.out, root=a.root, images=a.images, pool=a.pool, changes=a.changes, shares=shares, details=dict(command=shlex.join(words)))
     print(format_comparison(result), f"\n\nfile      {a.out}")
     return 0
 

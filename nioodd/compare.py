@@ -125,6 +125,7 @@ def compare(
     pool: int = 18, # Noisy siblings
     sizes: tuple[int, ...] = (2, 5, 10), # S
     changes: int = 1000, # Images per set for ΔE; 0: none
+    shares: tuple[float, ...] = (), # Strengths of more untrained noise, in units of a layer's scale
     seed: int = 1000, # Of the siblings
     details: dict | None = None, # More for the file: command
     progress: bool = True,
@@ -141,15 +142,16 @@ def compare(
     if test.name in ood: raise NiooddError(f"{test.name} is the known set; expected others among the sets that are not known; leave it out of ood")
     sets = {test.name: test} | {s.name: s for s in (evenly(load(o, "all", root=root, **shape), images) for o in ood)}
     share = strength(model, learnt)
-    untrained = {k: s for k, s in uniform_sigma(model, share, norm=True).items() if k in learnt}
+    untrained = lambda share: {k: s for k, s in uniform_sigma(model, share, norm=True).items() if k in learnt}
+    more = {f"untrained {s:g}": untrained(s) for s in shares}
     result = dict(details or {}, folder=Path(folder).name, data=test.name, seed=seed, strength=share, images={o: len(s) for o, s in sets.items()}, intervals=_intervals(model, learnt), rows=[], accuracy={}, error_change={}, **provenance())
-    for noise, sigma in dict(learnt=learnt, untrained=untrained).items():
+    for noise, sigma in dict(learnt=learnt, untrained=untrained(share), **more).items():
         drawn = TrustIntervalDetector(model, sigma, n=1 + pool, seed=seed, distribution=detector.distribution)
         z = {o: drawn.sibling_logits(s.images)[..., :detector.n_known] for o, s in tqdm(sets.items(), desc=f"siblings, {noise}", disable=not progress)}
         if noise == "learnt": result["rows"] += plain_rows(model, {o: v[0] for o, v in z.items()}, {o: s.images for o, s in sets.items()})
         result["rows"] += score_rows(z, sizes, noise=noise)
         result["accuracy"][noise] = [accuracy_all(v, test.labels) for v in z[test.name]]
-        if changes: result["error_change"][noise] = {o: _changes(model, sigma, evenly(s, changes).images, seed) for o, s in sets.items()}
+        if changes and noise not in more: result["error_change"][noise] = {o: _changes(model, sigma, evenly(s, changes).images, seed) for o, s in sets.items()}
     if out is not None: write_atomic(out, json.dumps(result) + "\n")
     return result
 
@@ -160,5 +162,5 @@ def format_comparison(result: dict, metric: str = "fpr95_id_positive") -> str:
     for r in result["rows"]: table.setdefault((r["noise"], r["members"], r["score"]), {}).setdefault(r["ood"], []).append(100 * r[metric])
     sets = list(dict.fromkeys(r["ood"] for r in result["rows"]))
     def cell(v): return f"{torch.tensor(v).mean():8.2f}" + (f" ± {torch.tensor(v).std():5.2f}" if len(v) > 1 else " " * 8)
-    lines = [f"{'noise':10s}{'S':>3s}  {'score':22s}" + "".join(f"{o:>18s}" for o in sets)]
-    return "\n".join(lines + [f"{noise:10s}{n:3d}  {score:22s}" + "".join(f"{cell(v[o]):>18s}" for o in sets) for (noise, n, score), v in table.items()])
+    lines = [f"{'noise':16s}{'S':>3s}  {'score':22s}" + "".join(f"{o:>18s}" for o in sets)]
+    return "\n".join(lines + [f"{noise:16s}{n:3d}  {score:22s}" + "".join(f"{cell(v[o]):>18s}" for o in sets) for (noise, n, score), v in table.items()])

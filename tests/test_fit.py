@@ -70,14 +70,16 @@ def test_score_says_what_each_image_is(guard, tmp_path, capsys):
 
 def test_compare_writes_rows(guard, tmp_path, capsys):
     out = tmp_path / "rows.json"
-    argv = ["trust", "compare", str(guard), "--data", "digits5k", "--ood", "letters", "--images", "60", "--pool", "4", "--changes", "50", "--out", str(out)]
+    argv = ["trust", "compare", str(guard), "--data", "digits5k", "--ood", "letters", "--images", "60", "--pool", "4", "--shares", "0.05,0.4", "--changes", "50", "--out", str(out)]
     assert main(argv) == 0
     assert "disagreement_sum" in capsys.readouterr().out
     result = json.loads(out.read_text())
-    assert {r["noise"] for r in result["rows"]} == {"none", "learnt", "untrained"} and {r["ood"] for r in result["rows"]} == {"letters"}
+    assert {r["noise"] for r in result["rows"]} == {"none", "learnt", "untrained", "untrained 0.05", "untrained 0.4"} and result["error_change"].keys() == {"learnt", "untrained"}
+    assert sum(result["accuracy"]["untrained 0.05"]) > sum(result["accuracy"]["untrained 0.4"]) and "--shares 0.05,0.4" in result["command"]
+    assert {r["ood"] for r in result["rows"]} == {"letters"}
     assert "exists" in error(capsys, *argv)
     other = [*argv[:-1], str(tmp_path / "other.json")]
-    for what, value, says in (("--ood", "digits5k,letters", "digits5k is the known set"), ("--images", "-5", "images is -5"), ("--changes", "-1", "changes -1")):
+    for what, value, says in (("--ood", "digits5k,letters", "digits5k is the known set"), ("--images", "-5", "images is -5"), ("--changes", "-1", "changes -1"), ("--shares", "a", "--shares is 'a'"), ("--shares", "-1", "share is -1")):
         assert says in error(capsys, *other, what, value)
 
 
