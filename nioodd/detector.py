@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,21 +26,22 @@ from .errors import NiooddError, unknown
 from .metrics import threshold_keeping
 from .models import NETWORKS, Classifier, as_logits
 from .scores import garbage_log_odds, garbage_probability, uncertainty
-from .train import eval_mode, in_batches, load_tensors, save_tensors, write_atomic
+from .train import eval_mode, in_batches, load_tensors, network_input, save_tensors, write_atomic
 
 # %% ../nbs/10_detector.ipynb #6083da79
 def as_input(
     images: Tensor, # uint8 [B, C, H, W], or floating-point as the network takes it
-) -> Tensor: # floating-point [B, C, H, W]
+    model: nn.Module | None = None, # The network that is to take them; None: float32, on the device where they are
+) -> Tensor: # floating-point [B, C, H, W], on the network's device and, if they were uint8, in its dtype
     "uint8 images through `to_input`, floating-point ones as they are. Another shape, dtype or range raises `NiooddError`."
     if images.ndim != 4:
         raise NiooddError(f"images have shape {list(images.shape)}; expected a batch [B, C, H, W]; a single image is image[None]")
-    if images.dtype == torch.uint8: return to_input(images)
+    if images.dtype == torch.uint8: return to_input(images) if model is None else network_input(model, images)
     if not images.is_floating_point():
         raise NiooddError(f"images have dtype {images.dtype}; expected uint8, or floating-point in [-1, 1]; convert with .to(torch.uint8)")
     if images.numel() and images.abs().amax() > 10:
         raise NiooddError(f"floating-point images reach {images.abs().amax():.0f}; expected about [-1, 1]; pass uint8, or x / 127.5 - 1")
-    return images
+    return images if model is None else network_input(model, images)
 
 # %% ../nbs/10_detector.ipynb #e59328f7
 def input_batches(
@@ -48,7 +50,7 @@ def input_batches(
     batch_size: int | None = None, # None: as `nioodd.train.in_batches` finds best
 ) -> tuple[Tensor, ...]: # Parts of `x`, in order
     "`in_batches` of what `as_input` takes. What that refuses raises `NiooddError`."
-    return in_batches(model, x, batch_size, lambda image: model(as_input(image)))
+    return in_batches(model, x, batch_size, lambda image: model(as_input(image, model)))
 
 @torch.no_grad()
 def network_logits(
@@ -57,9 +59,8 @@ def network_logits(
     batch_size: int | None = None, # Images per forward pass; None: as `nioodd.train.in_batches` finds best
 ) -> Tensor: # [B, K] on the network's device
     "Logits in eval mode, without gradients; every submodule's mode is as before afterwards, also after an error."
-    device = next((t.device for t in model.state_dict().values()), "cpu")
     with eval_mode(model):
-        return torch.cat([as_logits(model(as_input(b.to(device)).clone(memory_format=torch.channels_last)), len(b)) for b in input_batches(model, x, batch_size)])
+        return torch.cat([as_logits(model(as_input(b, model).clone(memory_format=torch.channels_last)), len(b)) for b in input_batches(model, x, batch_size)])
 
 # %% ../nbs/10_detector.ipynb #20631b1b
 def load_weights(
@@ -74,6 +75,8 @@ def load_weights(
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise NiooddError(f"the saved weights do not fit this {type(model).__name__}: {'; '.join(wrong[:4])}{more}; pass a network of the architecture that was saved")
+    tensors = OrderedDict(tensors)
+    tensors._metadata = model.state_dict()._metadata # Versions of layers, which some look at
     model.load_state_dict(tensors)
     return model
 
@@ -111,6 +114,8 @@ def write_detector(
 ) -> Path: # The folder
     "Writes a detector's two files. Raises `NiooddError` if the disk is full or the folder cannot be written."
     folder = Path(folder)
+    if odd := [k for k, v in tensors.items() if not isinstance(v, Tensor)]:
+        raise NiooddError(f"the state of the network holds what is no tensor ({', '.join(odd[:4])}); expected tensors only, weights are kept without pickle; save a network without it (not quantised)")
     weights = save_tensors(folder / "model.safetensors", {k: v.clone() for k, v in tensors.items()}) # clones: tied weights share storage
     head = dict(format=FORMAT, nioodd=__version__, sha256=hashlib.sha256(weights.read_bytes()).hexdigest())
     write_atomic(folder / "detector.json", json.dumps(head | description, indent=2) + "\n")
@@ -129,6 +134,7 @@ def read_detector(
     if not isinstance(description, dict): description = {}
     kinds = dict(format=int, sha256=str, detector=str, arguments=dict, network=dict)
     missing = {k for k, kind in kinds.items() if not isinstance(description.get(k), kind)} | {"threshold"} - description.keys()
+    if not isinstance(description.get("threshold"), (int, float, type(None))): missing.add("threshold")
     missing |= {f"network.{k}" for k in ("class", "arguments", "channels_last") if "network" not in missing and k not in description["network"]}
     if missing: raise NiooddError(f"{path} lacks {', '.join(sorted(missing))}; expected the JSON of a detector's save; it was cut short or is another file: save again")
     if description["format"] > FORMAT: raise NiooddError(f"{path} has format {description['format']}; this version reads up to {FORMAT}; update nioodd")

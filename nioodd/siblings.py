@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DISTRIBUTIONS', 'CONVS', 'noise', 'call_with', 'plain_logits', 'sibling', 'Stacked', 'Fused', 'fused', 'Watch',
-           'Siblings']
+           'Siblings', 'itself']
 
 # %% ../nbs/14_siblings.ipynb #e34ced2b
 import copy
 import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from threading import RLock
 from typing import NamedTuple
 
 import numpy as np
@@ -56,26 +57,27 @@ def call_with(
     names = {id(p): name for name, p in model.named_parameters()}
     full = {name: p.detach() for name, p in model.named_parameters()} | weights
     places = {f"{path}.{name}" if path else name: full[names[id(p)]] for path, m in model.named_modules() for name, p in m.named_parameters(recurse=False, remove_duplicate=False)}
-    return functional_call(model, places, (x,), tie_weights=False)
+    return functional_call(model, places, (x.clone(),), tie_weights=False) # Some networks write to their input
 
 # %% ../nbs/14_siblings.ipynb #74b61f9b
+_one_at_a_time = RLock() # The weights are the network's own while it runs with them
+
 @torch.no_grad()
 def plain_logits(
     model: nn.Module, # Images → logits [B, K]
     weights: list[dict[str, Tensor]], # Of each of S siblings: what replaces the parameters of that name
     x: Tensor, # [B, C, H, W] as the network takes them
 ) -> Tensor: # [S, B, K]
-    "Logits of the siblings, one after another, in eval mode and without gradients."
-    with eval_mode(model): return torch.stack([as_logits(call_with(model, w, x), len(x)) for w in weights])
+    "Logits of the siblings, one after another, in eval mode and without gradients. Threads wait for each other."
+    with _one_at_a_time, eval_mode(model): return torch.stack([as_logits(call_with(model, w, x), len(x)) for w in weights])
 
 # %% ../nbs/14_siblings.ipynb #f00e62ba
 class _Graph:
     "The operations of `model` on a stand-in for the images, and its modules by name. Raises whatever tracing raises."
     def __init__(self, model: nn.Module):
-        self.model = object.__new__(type(model)) # Not `model` itself: the tracer leaves there what tensors `forward` makes, as constants
-        with eval_mode(model):
-            vars(self.model).update(vars(model))
-            self.graph = fx.Tracer().trace(self.model)
+        own = {id(t): t for t in (*model.parameters(), *model.buffers())}
+        self.model = copy.deepcopy(model, own).eval() # Not `model` itself: what `forward` keeps, and what tensors it makes, would stay there as stand-ins
+        self.graph = fx.Tracer().trace(self.model)
         self.modules = dict(self.model.named_modules(remove_duplicate=False))
         self.calls = Counter(n.target for n in self.graph.nodes if n.op == "call_module")
 
@@ -234,19 +236,28 @@ class Watch:
     def __init__(self, model: nn.Module):
         self.model = model
         self.marks = self._marks() # They hold the modules, so that no other can come to lie where one was
-        self.some = [t.detach().as_strided((min(t.numel(), 256),), (max(t.numel() // 256, 1),)) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
-        self.values = torch.cat(self.some)
+        dense = [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.layout == torch.strided and t.untyped_storage().nbytes() >= t.nbytes]
+        self.some = [t.as_strided((min(t.numel(), 256),), (max(t.numel() // 256, 1),)) for t in dense]
+        self.values = self._values()
+
+    def _values(self) -> Tensor: return torch.cat(self.some).view(torch.uint8) if self.some else torch.empty(0) # As bytes: NaN is NaN
 
     def _marks(self) -> list:
         found, todo = [], [self.model]
         while todo:
             m = todo.pop()
             found += [m, *m._forward_hooks, *m._forward_pre_hooks]
-            found += [(t.data_ptr(), t.device, None if t.is_inference() else t._version) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+            found += [(_place(t), t.device, None if t.is_inference() else t._version) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+            if not type(m).__module__.startswith("torch.nn."): # Somebody's own: its numbers, and tensors that are no buffers
+                for k, v in vars(m).items():
+                    if isinstance(v, Tensor): found.append((_place(v), v._version))
+                    elif isinstance(v, (int, float, str)) and k != "training": found.append((k, v))
             todo += [child for child in m._modules.values() if child is not None]
         return found
 
-    def changed(self) -> bool: return self._marks() != self.marks or not torch.equal(torch.cat(self.some), self.values)
+    def changed(self) -> bool: return self._marks() != self.marks or not torch.equal(self._values(), self.values)
+
+def _place(t: Tensor) -> int: return t.data_ptr() if t.layout == torch.strided else id(t)
 
 # %% ../nbs/14_siblings.ipynb #922dcece
 class _Kept:
@@ -264,8 +275,11 @@ class _Kept:
     def _check(self, x: Tensor) -> None:
         "Compares the last member's logits with those of the plain way; runs all the plain way from now on if they differ."
         plain = plain_logits(self.model, self.weights[-1:], x)[0]
-        if torch.allclose(self.stacked(x)[-1], plain, rtol=0, atol=1e-4 * plain.nan_to_num().abs().max().item(), equal_nan=True): self.weights = [] # They are in `stacked`
-        else: self.stacked, self.why_plain = None, "run together, the siblings gave other logits than one after another"
+        try: same = torch.allclose(self.stacked(x)[-1], plain, rtol=0, atol=1e-4 * plain.nan_to_num().abs().max().item(), equal_nan=True)
+        except Exception as e: same, self.why_plain = False, f"{type(e).__name__}: {e}" # As above: the operations may have been those of another branch
+        else: self.why_plain = None if same else "run together, the siblings gave other logits than one after another"
+        if same: self.weights = [] # They are in `stacked`
+        else: self.stacked = None
         self.unchecked = False
 
 # %% ../nbs/14_siblings.ipynb #b02200df
@@ -273,6 +287,7 @@ class Siblings:
     """Networks drawn around `model`: member i has the weights w + σ ⊙ ε, ε from `noise` (paper 2, §3.1); member 0 is `model` itself if `original`.
 
     They are drawn at the first use and kept, S times the noisy parameters; `model` is not modified, and when it changes, they are drawn anew around it.
+    Several threads may ask; but while the first draws, none of them may run any network, for `torch.fx` looks at all that run.
     Raises `NiooddError` for a σ that does not fit the network, an unknown distribution, n < 1, or a seed < 0.
     """
     def __init__(self,
@@ -318,15 +333,25 @@ class Siblings:
     ) -> Tensor: # [S, B, K] on the network's device
         "Logits of all members in eval mode, without gradients. They depend on the image alone, up to rounding."
         x = x.to(next(self.model.parameters()).device)
-        if self._kept is None or self._kept.watch.changed(): self._kept = _Kept(self.model, [self.weights(i) for i in range(self.n)])
-        return self._kept.logits(x)
+        with _one_at_a_time:
+            if self._kept is None or self._kept.watch.changed(): self._kept = _Kept(self.model, [self.weights(i) for i in range(self.n)])
+            if (kept := self._kept).unchecked or kept.stacked is None: return kept.logits(x)
+        return kept.stacked(x)
 
     @property
     def why_plain(self) -> str | None: return self._kept and self._kept.why_plain # Why the members run one after another, if they did in the last call
 
 # %% ../nbs/14_siblings.ipynb #f1799922
+def itself(model: nn.Module) -> nn.Module: # `model`
+    "A network whose weights can be replaced in a call. Raises `NiooddError` for one that is wrapped, scripted or not made yet."
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): raise NiooddError(f"the network is wrapped in {type(model).__name__}; expected the network itself; pass model.module")
+    if isinstance(model, torch.jit.ScriptModule): raise NiooddError("the network is TorchScript, whose weights cannot be replaced in a call; expected the nn.Module that it was made from; pass that")
+    if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()): raise NiooddError("the network has lazy layers without weights; expected a trained network; run a batch through it first")
+    return model
+
 def _fitting_sigma(model: nn.Module, sigma: dict[str, Tensor]) -> dict[str, Tensor]:
     "Copies of `sigma`'s tensors, if each fits the parameter of its name."
+    itself(model)
     own = {k: p for k, p in model.named_parameters() if p.is_floating_point()}
     if not own: raise NiooddError(f"this {type(model).__name__} has no parameters; expected a network with weights to add noise to")
     if not sigma: raise NiooddError(f"sigma names no parameter; expected some of: {', '.join(list(own)[:4])}, …")

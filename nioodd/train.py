@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'has_bfloat16', 'arithmetic', 'autocast', 'class_weights', 'shifted', 'mirrored', 'train_epoch',
-           'one_cycle', 'eval_mode', 'in_batches', 'each_batch', 'features_of', 'logits_of', 'Average', 'write_atomic',
-           'save_tensors', 'load_tensors', 'optimiser_tensors', 'restore_optimiser', 'commit', 'provenance']
+           'one_cycle', 'eval_mode', 'network_input', 'in_batches', 'each_batch', 'features_of', 'logits_of', 'Average',
+           'write_atomic', 'save_tensors', 'load_tensors', 'optimiser_tensors', 'restore_optimiser', 'commit',
+           'provenance']
 
 # %% ../nbs/04_train.ipynb #58d6495d
 import contextlib
@@ -146,6 +147,16 @@ def eval_mode(model: nn.Module):
         for m, training in modes: m.training = training
 
 # %% ../nbs/04_train.ipynb #371f9a1d
+def network_input(
+    model: nn.Module,
+    images: Tensor, # uint8 [N, C, H, W], or floating-point as the network takes it
+) -> Tensor: # On the network's device; uint8 ones through `to_input`, in its dtype
+    "Images as `model` takes them."
+    own = next((t for t in chain(model.parameters(), model.buffers()) if t.is_floating_point()), None)
+    x = images if own is None else images.to(own.device)
+    if x.dtype != torch.uint8: return x
+    return to_input(x) if own is None else to_input(x).to(own.dtype)
+
 AT_ONCE = 16e6 # Bytes of the largest layer's output, on a CPU
 _found: WeakKeyDictionary[nn.Module, dict[torch.Size, int]] = WeakKeyDictionary() # Network → shape of an image → how many of them that is
 
@@ -171,7 +182,7 @@ def in_batches(
     "`images` in parts that suit the network and its device."
     if batch_size is None and len(images) > 16 and next((t.device.type for t in chain(model.parameters(), model.buffers())), "cpu") == "cpu":
         known = _found.setdefault(model, {})
-        if images.shape[1:] not in known: known[images.shape[1:]] = _suitable(model, run or model, to_input(images[:1].cpu()) if images.dtype == torch.uint8 else images[:1].cpu())
+        if images.shape[1:] not in known: known[images.shape[1:]] = _suitable(model, run or model, network_input(model, images[:1]))
         batch_size = known[images.shape[1:]]
     return images.split(batch_size or 500)
 
@@ -185,12 +196,10 @@ def each_batch(
     progress: str | None = None, # Label of a progress bar
 ) -> tuple[Tensor, ...]: # float32 [N, …], on the CPU
     "What `compute` makes of each batch, put together; in eval mode and without gradients, the modes as before afterwards."
-    device = next(model.parameters()).device
     out, done = None, 0
     with eval_mode(model), tqdm(total=len(images), desc=progress, disable=progress is None, leave=False, mininterval=0.5, unit="image") as bar:
         for x in in_batches(model, images, batch_size):
-            x = x.to(device)
-            found = compute(model, (to_input(x) if x.dtype == torch.uint8 else x).clone(memory_format=torch.channels_last))  # of grey images `contiguous` would leave the layout
+            found = compute(model, network_input(model, x).clone(memory_format=torch.channels_last))  # of grey images `contiguous` would leave the layout
             if out is None: out = [torch.empty(len(images), *t.shape[1:]) for t in found]  # once: many small results between large temporaries would fragment the heap
             for whole, part in zip(out, found): whole[done:done + len(x)] = part
             done += len(x)

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from .detector import Detector, as_input
 from .errors import NiooddError, unknown
 from .models import as_logits
 from .scores import uncertainty
-from .siblings import DISTRIBUTIONS, Fused, Siblings, Watch, call_with, fused
+from .siblings import DISTRIBUTIONS, Fused, Siblings, Watch, call_with, fused, itself
 from .train import eval_mode, load_tensors, optimiser_tensors, restore_optimiser, save_tensors
 
 # %% ../nbs/15_trust.ipynb #c4f2557f
@@ -51,14 +52,16 @@ def scales(
 ) -> dict[str, float]: # Name of a parameter that takes part → scale of its layer, in the order of `named_parameters`
     "The parameters that get an interval, and what σ is relative to. None at all, or an unknown `which`, raises `NiooddError`."
     if which not in WHICH: raise unknown("choice of parameters", which, WHICH)
-    layers = [m for m in model.modules() if any(p.numel() for p in m.parameters(recurse=False))]
+    itself(model)
+    own = lambda m: [p for part in (m, *getattr(m, "parametrizations", {}).values()) for p in part.parameters(recurse=False)] # With weight norm, its parts
+    layers = [m for m in model.modules() if any(p.numel() for p in own(m))]
     head = next((m for m in reversed(layers) if isinstance(m, (nn.Linear, _CONVOLUTIONS))), None)
     found: dict[int, float] = {}
     with eval_mode(model): # Spectral norm changes its weight when it is read in training mode
         for m in layers:
             takes_part = {"all": True, "conv": isinstance(m, _CONVOLUTIONS), "head": m is head}[which]
             if isinstance(m, _NORMS): takes_part = norm and which != "head"
-            for p in m.parameters(recurse=False):
+            for p in own(m):
                 if takes_part and p.is_floating_point() and p.numel(): found.setdefault(id(p), _scale(m))
     names = {k: found[id(p)] for k, p in model.named_parameters() if id(p) in found}
     if not names:
@@ -119,18 +122,19 @@ def draw(
 # %% ../nbs/15_trust.ipynb #6ac41bab
 def labelled(
     batch: Any, # What a loader gives
-    n_outputs: int, # K of the network
-    device: torch.device | str = "cpu",
+    n_outputs: int | None = None, # K of the network; None: labels may be any
+    model: nn.Module | None = None, # That is to take them; None: as in `nioodd.detector.as_input`
 ) -> tuple[Tensor, Tensor]: # Images as the network takes them (see `nioodd.detector.as_input`) and labels int64 [B]
     "Images and labels of a batch; one without labels, or with labels that the network has no output for, raises `NiooddError`."
     if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         raise NiooddError("the loader gives batches without labels; expected (images, labels) as tensors; use TensorDataset(images, labels)")
-    x, y = as_input(batch[0].to(device)).contiguous(memory_format=torch.channels_last), batch[1].to(device)
+    x = as_input(batch[0], model).contiguous(memory_format=torch.channels_last)
+    y = batch[1].to(x.device)
     if not x.isfinite().all(): raise NiooddError("images hold NaN or infinity; expected finite numbers; look for them in the data set")
     if y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex():
         raise NiooddError(f"labels are {str(y.dtype).removeprefix('torch.')} {list(y.shape)} for {len(x)} images; expected integers [{len(x)}]; pass class numbers")
     y = y.long() # Before they are compared with K, which may be more than a uint8 holds
-    if len(y) and not 0 <= y.amin() <= y.amax() < n_outputs:
+    if n_outputs is not None and len(y) and not 0 <= y.amin() <= y.amax() < n_outputs:
         raise NiooddError(f"labels run from {y.amin()} to {y.amax()}, but the network has {n_outputs} outputs; expected 0 to {n_outputs - 1}; use the classes it was trained on")
     return x, y
 
@@ -262,6 +266,7 @@ def _data_gradient(trust: TrustIntervals, lean: Fused, siblings: list[dict[str, 
         part = _part(trust, network, siblings, x)
         for a, b in zip(x.split(part), y.split(part)):
             terms = nll_and_variance(torch.stack([call_with(network, s, a) for s in siblings]), b)
+            if not terms[0].requires_grad: raise NiooddError(f"no gradient comes from the output of this {type(network).__name__} to its weights; expected one; its forward, or what calls this, runs under no_grad or inference_mode")
             share = len(b) / len(y)
             g = torch.autograd.grad(share * (terms[0] + lambda1 * terms[1]), leaves, materialize_grads=True) # 0 for weights that eval mode does not use
             total = total + share * torch.stack(terms).detach()
@@ -316,12 +321,13 @@ def learning_step(
 # %% ../nbs/15_trust.ipynb #d8d6eeed
 ACCURACY_TO_LOSE = 0.003 # Siblings may lose this much on held-out ID images before there is a warning
 
-def _held_out(held_out, loader: Iterable, n: int, n_outputs: int, device) -> list[tuple[Tensor, Tensor]]:
+def _held_out(held_out, loader: Iterable, n: int, n_outputs: int, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     if isinstance(held_out, (tuple, list)) and len(held_out) == 2 and isinstance(held_out[0], Tensor):
+        if len(held_out[0]) != len(held_out[1]): raise NiooddError(f"held_out has {len(held_out[0])} images and {len(held_out[1])} labels; expected as many; pass (images, labels) of the same images")
         held_out = zip(*(t.split(500) for t in held_out))
     found, seen = [], 0
     for batch in held_out if held_out is not None else loader:
-        found.append(labelled(batch, n_outputs, device))
+        found.append(labelled(batch, n_outputs, model))
         seen += len(found[-1][1])
         if held_out is None and seen >= n: break
     if not seen: raise NiooddError("there are no held-out images; expected batches (images, labels); check their data set")
@@ -342,11 +348,11 @@ def check(
                 sibling_accuracy=right[1:].mean().item(), strength=strength(trust.model, siblings.sigma))
 
 # %% ../nbs/15_trust.ipynb #3ea81ea2
-def _first(loader: Iterable, model: nn.Module, device) -> int: # K; the loader and the network fit together
+def _first(loader: Iterable, model: nn.Module) -> int: # K; the loader and the network fit together
     batch = next(iter(loader), None)
     if batch is None: raise NiooddError("the loader is empty; expected batches (images, labels); check its data set")
-    x, _ = labelled(batch, 1 << 62, device)
-    with eval_mode(model), torch.no_grad(): return as_logits(model(x[:1]), 1).shape[1]
+    x, _ = labelled(batch, model=model)
+    with eval_mode(model), torch.no_grad(): return as_logits(model(x[:1].clone()), 1).shape[1]
 
 def _cycled(loader: Iterable) -> Iterator:
     while True:
@@ -364,17 +370,20 @@ def _keep(trust: TrustIntervals, file: str | os.PathLike, begun: dict, rows: lis
     tensors = {f"rho/{k}": r for k, r in trust.rho.items()} | {f"saved/{i}/{k}": r for i, s in enumerate(saved) for k, r in s.items()}
     save_tensors(file, tensors | optimiser_tensors(trust.optimiser, "optimiser/"), dict(begun=begun, rows=rows))
 
-def _kept(trust: TrustIntervals, file: str | os.PathLike | None, begun: dict, watched: list, n: int) -> tuple[list[dict], deque]:
-    "The rows and the last n states that `_keep` wrote, and ρ and its optimiser as they were; nothing if there is no file."
-    if file is None or not Path(file).is_file(): return [], deque(maxlen=n)
+def _kept(trust: TrustIntervals, file: str | os.PathLike | None, begun: dict, watched: list, keep: int) -> tuple[list[dict], deque]:
+    "The rows and the last states, at most `keep`, that `_keep` wrote, and ρ and its optimiser as they were; nothing if there is no file."
+    if file is None or not Path(file).is_file(): return [], deque(maxlen=keep)
     tensors, meta = load_tensors(file)
     if (was := meta.get("begun")) != begun:
         other = ", ".join(f"{k}: {was.get(k)} → {begun.get(k)}" for k in sorted({*was, *begun}) if was.get(k) != begun.get(k)) if was else "no trust intervals"
         raise NiooddError(f"{file} was begun in another way ({other}); expected the same; give it, or another folder")
     _check_fit(trust.model, {k.removeprefix("rho/"): r for k, r in tensors.items() if k.startswith("rho/")})
+    n = min(keep, len(meta.get("rows", ())))
+    if not n or not {f"{part}/{k}" for k in trust.rho for part in ("rho", *(f"saved/{i}" for i in range(n)))} <= tensors.keys():
+        raise NiooddError(f"{file} lacks some of its tensors; expected all that a learning keeps; delete it to begin anew")
     for k, r in trust.rho.items(): r.copy_(tensors[f"rho/{k}"])
     restore_optimiser(trust.optimiser, tensors, "optimiser/")
-    saved = deque(({k: tensors[f"saved/{i}/{k}"].to(r.device) for k, r in trust.rho.items()} for i in range(min(n, len(meta["rows"])))), maxlen=n)
+    saved = deque(({k: tensors[f"saved/{i}/{k}"].to(r.device) for k, r in trust.rho.items()} for i in range(n)), maxlen=keep)
     if abs(check(trust, watched)["held_out_nll"] - meta["rows"][-1]["held_out_nll"]) > 1e-4:
         raise NiooddError(f"{file} was begun with another network or other images; expected the same; give it, or another folder")
     return meta["rows"], saved
@@ -397,7 +406,9 @@ def learn(
     """Learns the intervals by (5) (paper 2, §4). Warns where siblings lose accuracy. Errors as `labelled` and `learning_step`, and for a checkpoint of something else.
 
     On a CPU, and with a loader whose order depends on torch's random stream alone, what was interrupted and went on ends bit-identical."""
-    todo = len(loader) if steps is None and hasattr(loader, "__len__") else steps
+    todo = steps
+    if steps is None:
+        with suppress(TypeError): todo = len(loader) # Some have the method, but no length
     if todo is None: raise NiooddError("the loader has no length; expected steps=...; say how many steps to make")
     _at_least("steps", todo, 1, "leave it out for one pass over the loader, which must not be empty")
     for name, value in dict(check_every=check_every, patience=patience).items(): _at_least(name, value, 1, "see why_stop")
@@ -405,10 +416,10 @@ def learn(
     begun = dict(trust.options, steps=todo, check_every=check_every, patience=patience, rise=rise, seed=seed, **options)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        n_outputs = _first(loader, trust.model, device)
+        n_outputs = _first(loader, trust.model)
         if trust.options["which"] == "head" and (wrong := [k for k, r in trust.rho.items() if len(r) != n_outputs]):
             raise NiooddError(f"which='head' found {wrong[0]}, but the network has {n_outputs} outputs; expected its output layer to be the layer defined last; choose which='all', or define it last")
-        watched = _held_out(held_out, loader, 1000, n_outputs, device)
+        watched = _held_out(held_out, loader, 1000, n_outputs, trust.model)
         batches = _cycled(loader)
         rows, saved = _kept(trust, checkpoint, begun, watched, patience + 1) # `saved`: ρ at the last checks
         done = rows[-1]["step"] if rows else 0
@@ -416,7 +427,7 @@ def learn(
             next(batches)
             for _ in range(options.get("draws", 2)): draw(trust.rho, trust.distribution)
         for i in tqdm(range(done, todo + 1), desc="trust intervals", disable=not progress, leave=False, initial=done, total=todo + 1):
-            if i > done: terms.append(trust.step(*labelled(next(batches), n_outputs, device), **options))
+            if i > done: terms.append(trust.step(*labelled(next(batches), n_outputs, trust.model), **options))
             if i % check_every and i < todo: continue
             if i > done or not rows:
                 rows.append(dict(step=i) | {k: sum(t[k] for t in terms) / len(terms) for k in (terms or [()])[0]} | check(trust, watched))
@@ -441,7 +452,7 @@ class TrustIntervalDetector(Detector):
         measure: str = "disagreement_sum", # One of `nioodd.agreement.MEASURES`
         n: int = 2, # Siblings, S; the first is the network itself
         seed: int = 0, # Of the draw
-        distribution: str = "gaussian", # Of ε, one of `nioodd.siblings.DISTRIBUTIONS`
+        distribution: str | None = None, # Of ε, one of `nioodd.siblings.DISTRIBUTIONS`; None: that of the intervals, else gaussian
         threshold: float | None = None, # A score above it is OOD; None: not set yet
         classes: list[str] | None = None, # Names of the known classes; None: "0", "1", ...
         n_known: int | None = None, # Outputs that stand for known classes, the first ones; None: all. One less than K with a garbage class
@@ -449,8 +460,10 @@ class TrustIntervalDetector(Detector):
         super().__init__(model, threshold)
         _at_least("n", n, 2, "agreement is between siblings")
         self.classes, self.n_known = list(classes) if classes is not None else None, n_known
-        self.measure, self.n, self.seed, self.distribution, self._score = measure, n, seed, distribution, measure_named(measure)
+        self.distribution = distribution or getattr(sigma, "distribution", "gaussian")
+        self.measure, self.n, self.seed, self._score = measure, n, seed, measure_named(measure)
         self.siblings: Siblings | None = None
+        self.judged_by = n, seed # Of the siblings that the threshold is of
         if n_known is not None: _at_least("n_known", n_known, 1, "it is the number of known classes")
         if classes is not None and n_known not in (None, len(classes)): raise NiooddError(f"{len(classes)} class names for n_known={n_known}; expected one for each known class")
         if sigma is not None: self.restore(sigma.sigma() if isinstance(sigma, TrustIntervals) else sigma)
@@ -465,6 +478,25 @@ class TrustIntervalDetector(Detector):
         _check_fit(self.model, tensors)
         self.siblings = Siblings(self.model, tensors, self.n, self.seed, self.distribution)
 
+    def threshold(self, id_scores, keep: float = 0.95) -> float:
+        "As of any detector, for the siblings as they are now; when they grow or are redrawn, it must be set again."
+        self.judged_by = self._drawn().n, self.siblings.seed
+        return super().threshold(id_scores, keep)
+
+    def _fresh(self) -> None:
+        if self.threshold_ is not None and self.siblings is not None and self.judged_by != (self.siblings.n, self.siblings.seed):
+            raise NiooddError("the siblings have grown or been redrawn since the threshold was set; expected a threshold for these; call fit(loader) or threshold(id_scores) again")
+
+    def rejects(self, scores: Tensor) -> Tensor: # scores [B] from `predict` → bool [B]
+        "Which scores lie above the threshold. One that was set for other siblings raises `NiooddError`."
+        self._fresh()
+        return super().rejects(scores)
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        "As of any detector; with a threshold that was set for other siblings raises `NiooddError`."
+        self._fresh()
+        return super().save(folder)
+
     def _drawn(self) -> Siblings:
         if self.siblings is None: raise NiooddError("this TrustIntervalDetector has no intervals; expected σ by parameter name; pass sigma=TrustIntervals(model).sigma() after fit")
         return self.siblings
@@ -472,8 +504,7 @@ class TrustIntervalDetector(Detector):
     @torch.no_grad()
     def sibling_logits(self, x: Tensor, batch_size: int = 500) -> Tensor: # x [B, C, H, W], see `as_input` → [S, B, K]
         "Logits of all siblings, the network's own first, in eval mode."
-        device = next(self.model.parameters()).device
-        return torch.cat([self._drawn().logits(as_input(b.to(device)).contiguous(memory_format=torch.channels_last)) for b in x.split(batch_size)], 1)
+        return torch.cat([self._drawn().logits(as_input(b, self.model).contiguous(memory_format=torch.channels_last)) for b in x.split(batch_size)], 1)
 
     def predict_logits(self, logits: Tensor) -> Tensor: # [S, B, K] → float64 [B]
         "Scores from the siblings' logits, of the known classes only."

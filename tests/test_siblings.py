@@ -313,3 +313,72 @@ def test_contestants_answer():
         assert z.shape == (2, 3, 10), name
     jobs = learning_jobs("C1", 4)
     jobs["training"](), jobs["intervals"]()
+
+
+class Position(nn.Module):
+    "Keeps what it made in its first forward pass."
+    def __init__(self):
+        super().__init__()
+        self.kept, self.seen, self.share = None, [], nn.Parameter(torch.ones(1) / 10)
+    def forward(self, x):
+        if self.kept is None: self.kept = torch.linspace(0, 1, x.shape[-1])
+        self.seen.append(x)
+        return x + self.share * self.kept
+
+class Either(nn.Module):
+    "Two ways through it; the stand-in for the labels is not None."
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(432, 5)
+    def forward(self, x, labels=None):
+        z = self.head(x.flatten(1))
+        return z if labels is None else F.cross_entropy(z, labels)
+
+class Buffered(nn.Module):
+    def __init__(self, buffer):
+        super().__init__()
+        self.register_buffer("mask", buffer)
+        self.head = nn.Linear(432, 5)
+    def forward(self, x): return self.head(x.flatten(1))
+
+UNUSUAL = {
+    "keeps": lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Position(), nn.Flatten(), nn.Linear(400, 5)), "either": Either,
+    "expanded": lambda: Buffered(torch.full((1,), 0.5).expand(3, 12, 12)), "sparse": lambda: Buffered(torch.eye(3).to_sparse()), "nan": lambda: Buffered(torch.full((3,), torch.nan))}
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_networks_are_run_and_left_as_they_were(name):
+    x, model = torch.randn(7, 3, 12, 12), UNUSUAL[name]().eval()
+    s = Siblings(model, sigma_of(model), 3)
+    z = s.logits(x)
+    assert difference(z, one_by_one(s, x)) < 2e-6 and isinstance(model(x), torch.Tensor)
+    kept = s._kept
+    assert difference(s.logits(x), z) < 2e-6 and (name == "keeps" or s._kept is kept) # not drawn anew for nothing
+
+
+def test_threads_do_not_see_each_others_siblings():
+    from concurrent.futures import ThreadPoolExecutor
+    class Untraceable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(800, 5))
+        def forward(self, x): return self.net(x) if x.sum() < 1e9 else x
+    model, x = Untraceable().eval(), torch.randn(4, 3, 12, 12)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    s = Siblings(model, sigma_of(model, 0.5), 3)
+    z = s.logits(x)
+    assert s.why_plain
+    with ThreadPoolExecutor(4) as pool: found = list(pool.map(lambda _: s.logits(x), range(60)))
+    assert all(torch.allclose(f, z) for f in found) and all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_numbers_of_ones_own_modules_are_noticed():
+    class Tempered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.temperature = nn.Linear(432, 5), 1.0
+        def forward(self, x): return self.head(x.flatten(1)) / self.temperature
+    model, x = Tempered().eval(), torch.randn(4, 3, 12, 12)
+    s = Siblings(model, sigma_of(model), 2)
+    s.logits(x)
+    model.temperature = 5.0
+    assert difference(s.logits(x), one_by_one(s, x)) < 2e-6

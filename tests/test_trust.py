@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytorch_ood.benchmark import Benchmark
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from nioodd.agreement import MEASURES, class_dispersion, disagreement, dispersion, kl_to_mean, measure
 from nioodd.data import to_input
@@ -440,6 +440,9 @@ def test_saved_and_loaded_detectors_score_alike(network, tmp_path, model):
     assert type(again) is TrustIntervalDetector and again.arguments() == d.arguments() and again.threshold_ == d.threshold_
     assert torch.equal(again.predict(images(30, 1)), d.predict(images(30, 1)))
     d.siblings.grow(5).redraw(9)
+    for use in (lambda: d.is_ood(images(3)), lambda: d.save(tmp_path)):
+        with pytest.raises(NiooddError, match="grown or been redrawn"): use() # The threshold is of the siblings of before
+    d.fit([images(100)])
     again = Detector.load(d.save(tmp_path), model=Residual() if model else None)
     assert (again.siblings.n, again.siblings.seed) == (5, 9) and torch.equal(again.predict(images(30, 1)), d.predict(images(30, 1)))
 
@@ -501,3 +504,89 @@ def test_weights_that_share_a_gradient():
     trust.step(x, y, lambda1=2.0, lambda2=0.0)
     assert trust.parts == {(2, 1, 2, 2): 128}
     for k, want in zip(rho, torch.autograd.grad(loss, rho.values())): assert torch.allclose(trust.rho[k].grad, want, rtol=1e-3, atol=1e-6), k
+
+
+# What networks and loaders there are besides
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_uint8_images_for_a_network_of_another_dtype(network, dtype):
+    net = copy.deepcopy(network).to(dtype)
+    trust = TrustIntervals(net)
+    trust.fit([(images(40), torch.arange(40) % 4)], steps=2, progress=False)
+    d = TrustIntervalDetector(net, trust).fit([images(100)])
+    torch.testing.assert_close(d.predict(images(20, 1)), d.predict(to_input(images(20, 1)).to(dtype)), rtol=1e-6, atol=1e-6)
+
+
+def test_the_detector_draws_as_the_intervals_were_learnt(network):
+    trust = TrustIntervals(network, distribution="laplace")
+    assert TrustIntervalDetector(network, trust).siblings.distribution == "laplace"
+    assert TrustIntervalDetector(network, trust, distribution="cauchy").siblings.distribution == "cauchy"
+    assert TrustIntervalDetector(network, trust.sigma()).siblings.distribution == "gaussian"
+
+
+def test_held_out_images_without_as_many_labels(network):
+    with pytest.raises(NiooddError, match="30 images and 20 labels"):
+        TrustIntervals(network).fit([(images(10), torch.arange(10) % 4)], (images(30), torch.arange(20) % 4), steps=1, progress=False)
+
+
+def test_a_label_that_cannot_be_names_the_outputs_there_are(network):
+    with pytest.raises(NiooddError, match="-1 to 3, but the network has 4 outputs"):
+        TrustIntervals(network).fit([(images(10), torch.arange(10) % 5 - 1)], steps=1, progress=False)
+
+
+def test_a_loader_without_length(network):
+    class Stream(IterableDataset):
+        def __iter__(self): return iter([(images(1)[0], torch.tensor(1))] * 8)
+    with pytest.raises(NiooddError, match="no length"): TrustIntervals(network).fit(DataLoader(Stream(), 4), progress=False)
+    assert TrustIntervals(network).fit(DataLoader(Stream(), 4), steps=3, progress=False)[-1]["step"] == 3
+
+
+class Behind(nn.Module):
+    "A network behind something."
+    def __init__(self, network, before, kept=True):
+        super().__init__()
+        self.network, self.before, self.kept = network, before, kept
+
+    def forward(self, x):
+        if self.kept: return self.network(self.before(x))
+        with torch.no_grad(): return self.network(self.before(x) if x.sum() < 1e9 else x) # And cannot be traced
+
+
+def test_a_forward_that_writes_to_its_input(network):
+    net, x, y = Behind(network, lambda x: x.sub_(0.2).mul_(1.5)), to_input(images(30)), torch.arange(30) % 4
+    before, trust = x.clone(), TrustIntervals(net)
+    trust.fit([(x, y)], steps=2, progress=False)
+    d = TrustIntervalDetector(net, trust)
+    expected = TrustIntervalDetector(Behind(network, lambda x: (x - 0.2) * 1.5), trust.sigma()).predict(before)
+    for _ in range(2): torch.testing.assert_close(d.predict(x), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(x, before)
+
+
+def test_no_gradient_is_said(network):
+    with pytest.raises(NiooddError, match="no gradient"):
+        TrustIntervals(Behind(network, nn.Identity(), kept=False)).fit([(images(10), torch.arange(10) % 4)], steps=1, progress=False)
+
+
+def test_a_checkpoint_that_lacks_something(network, tmp_path):
+    from nioodd.train import load_tensors, save_tensors
+    file, batches = tmp_path / "learning.safetensors", [(images(20), torch.arange(20) % 4)]
+    TrustIntervals(network).fit(batches, steps=2, progress=False, checkpoint=file)
+    tensors, meta = load_tensors(file)
+    for part in ("saved/0/head.weight", "rho/head.weight"):
+        save_tensors(file, {k: t for k, t in tensors.items() if k != part}, meta)
+        with pytest.raises(NiooddError, match="lacks some of its tensors"): TrustIntervals(network).fit(batches, steps=2, progress=False, checkpoint=file)
+
+
+def test_which_finds_layers_with_weight_norm_and_heads_without_bias():
+    norm = torch.nn.utils.parametrizations.weight_norm
+    net = nn.Sequential(norm(nn.Conv2d(1, 4, 3)), nn.ReLU(), nn.Flatten(), norm(nn.Linear(4 * 36, 4, bias=False)))
+    part = "parametrizations.weight.original"
+    assert list(scales(net, "head")) == [f"3.{part}0", f"3.{part}1"]
+    assert list(scales(net, "conv")) == ["0.bias", f"0.{part}0", f"0.{part}1"]
+
+
+@pytest.mark.parametrize("wrapped, says", [(lambda n: nn.DataParallel(n), "model.module"), (lambda n: torch.jit.trace(n, torch.zeros(1, *SHAPE)), "TorchScript"),
+                                           (lambda n: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "lazy")])
+def test_networks_whose_weights_cannot_be_replaced(network, wrapped, says):
+    for make in (TrustIntervals, lambda n: Siblings(n, {"head.weight": torch.zeros(4, 128)})):
+        with pytest.raises(NiooddError, match=says): make(wrapped(network))
