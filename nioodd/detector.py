@@ -34,13 +34,15 @@ def as_input(
     model: nn.Module | None = None, # The network that is to take them; None: float32, on the device where they are
 ) -> Tensor: # floating-point [B, C, H, W], on the network's device and, if they were uint8, in its dtype
     "uint8 images through `to_input`, floating-point ones as they are. Another shape, dtype or range raises `NiooddError`."
+    if not isinstance(images, Tensor): raise NiooddError(f"images are a {type(images).__name__}; expected a tensor [B, C, H, W]; torch.from_numpy makes one of an array")
     if images.ndim != 4:
         raise NiooddError(f"images have shape {list(images.shape)}; expected a batch [B, C, H, W]; a single image is image[None]")
     if images.dtype == torch.uint8: return to_input(images) if model is None else network_input(model, images)
     if not images.is_floating_point():
         raise NiooddError(f"images have dtype {images.dtype}; expected uint8, or floating-point in [-1, 1]; convert with .to(torch.uint8)")
-    if images.numel() and images.abs().amax() > 10:
-        raise NiooddError(f"floating-point images reach {images.abs().amax():.0f}; expected about [-1, 1]; pass uint8, or x / 127.5 - 1")
+    if images.numel() and not (most := images.abs().amax()) <= 10:
+        if not most.isfinite(): raise NiooddError("images hold NaN or infinity; expected finite numbers; look for them in the data set")
+        raise NiooddError(f"floating-point images reach {most:.0f}; expected about [-1, 1]; pass uint8, or x / 127.5 - 1")
     return images if model is None else network_input(model, images)
 
 # %% ../nbs/10_detector.ipynb #e59328f7
@@ -50,6 +52,7 @@ def input_batches(
     batch_size: int | None = None, # None: as `nioodd.train.in_batches` finds best
 ) -> tuple[Tensor, ...]: # Parts of `x`, in order
     "`in_batches` of what `as_input` takes. What that refuses raises `NiooddError`."
+    if not isinstance(x, Tensor) or x.ndim != 4: as_input(x, model)
     return in_batches(model, x, batch_size, lambda image: model(as_input(image, model)))
 
 @torch.no_grad()
@@ -100,7 +103,8 @@ def rebuild_network(
     if model is None:
         name = description["class"].rpartition(".")[2]
         if name not in NETWORKS: raise unknown("network", name, NETWORKS)
-        model = NETWORKS[name](**description["arguments"])
+        try: model = NETWORKS[name](**description["arguments"])
+        except TypeError as e: raise NiooddError(f"a {name} cannot be made from {description['arguments']} ({e}); expected the arguments it was saved with; save it again") from None
     load_weights(model, tensors)
     return (model.to(memory_format=torch.channels_last) if description["channels_last"] else model).eval()
 
@@ -114,6 +118,7 @@ def write_detector(
 ) -> Path: # The folder
     "Writes a detector's two files. Raises `NiooddError` if the disk is full or the folder cannot be written."
     folder = Path(folder)
+    if (folder / "model.json").is_file(): raise NiooddError(f"{folder} holds a classifier, whose weights would be replaced; expected a folder of its own for the detector; give another one")
     if odd := [k for k, v in tensors.items() if not isinstance(v, Tensor)]:
         raise NiooddError(f"the state of the network holds what is no tensor ({', '.join(odd[:4])}); expected tensors only, weights are kept without pickle; save a network without it (not quantised)")
     weights = save_tensors(folder / "model.safetensors", {k: v.clone() for k, v in tensors.items()}) # clones: tied weights share storage
@@ -127,7 +132,7 @@ def read_detector(
     "Reads a detector's two files. Raises `NiooddError` if one is missing, cut short, of a later format or not of the other."
     path, weights = Path(folder) / "detector.json", Path(folder) / "model.safetensors"
     if not path.is_file():
-        what = "holds a classifier but no detector; make one with: nioodd trust fit" if path.with_name("model.json").is_file() else "holds no detector.json; expected a folder written by a detector's save; check the path"
+        what = "holds a classifier but no detector; make one with: nioodd guard, or nioodd trust fit" if path.with_name("model.json").is_file() else "holds no detector.json; expected a folder written by a detector's save; check the path"
         raise NiooddError(f"{folder} {what}" if path.parent.is_dir() else f"{folder} does not exist; expected the folder of a run or a detector; check the path")
     try: description = json.loads(path.read_text())
     except ValueError: description = None
@@ -135,7 +140,8 @@ def read_detector(
     kinds = dict(format=int, sha256=str, detector=str, arguments=dict, network=dict)
     missing = {k for k, kind in kinds.items() if not isinstance(description.get(k), kind)} | {"threshold"} - description.keys()
     if not isinstance(description.get("threshold"), (int, float, type(None))): missing.add("threshold")
-    missing |= {f"network.{k}" for k in ("class", "arguments", "channels_last") if "network" not in missing and k not in description["network"]}
+    network = description["network"] if "network" not in missing else {}
+    missing |= {f"network.{k}" for k, kind in {"class": str, "arguments": (dict, type(None)), "channels_last": bool}.items() if not isinstance(network.get(k, kind), kind)}
     if missing: raise NiooddError(f"{path} lacks {', '.join(sorted(missing))}; expected the JSON of a detector's save; it was cut short or is another file: save again")
     if description["format"] > FORMAT: raise NiooddError(f"{path} has format {description['format']}; this version reads up to {FORMAT}; update nioodd")
     tensors, _ = load_tensors(weights)

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .detector import Detector, as_input, id_images, input_batches
+from .detector import Detector, as_input, id_images, input_batches, network_logits
 from .errors import NiooddError
+from .models import as_logits
 from .scores import energy, uncertainty
 from .train import eval_mode
 
@@ -26,9 +27,10 @@ def _reading(model: nn.Module, x: Tensor, layers: Iterable[str] | None = None) -
     "Logits, and the last input of each linear or convolutional layer by its name, in the order they ran; `layers`: of these only."
     seen: dict[str, Tensor] = {}
     def note(name):
-        def hook(_, args):
+        def hook(layer, args):
             seen.pop(name, None)
-            seen[name] = args[0].detach()
+            t = args[0].detach()
+            seen[name] = t.movedim(-1, 1) if isinstance(layer, nn.Linear) and t.ndim > 2 else t # Channels second, as convolutions have them
         return hook
     known = dict(model.named_modules())
     chosen = {k: m for k, m in known.items() if isinstance(m, (nn.Linear, nn.Conv2d))} if layers is None else {k: known[k] for k in layers}
@@ -43,16 +45,21 @@ def listening_posts(
     model: nn.Module, # Any classifier: images → logits [B, K]
     x: Tensor, # Two images or so, as the network takes them
 ) -> list[str]: # Names of layers, in the order they run
-    "The layers whose inputs tell: every linear one's, and of convolutions the last at each resolution. Raises `NiooddError` for a network without such layers."
+    "The layers whose inputs tell: of vectors all, of maps the last at each resolution, of sequences four. Raises `NiooddError` for a network without such layers."
     with eval_mode(model): seen = _reading(model, x)[1]
-    seen = {k: t for k, t in seen.items() if len(t) == len(x) and (t.shape != x.shape or not torch.equal(t, x))}
+    seen = {k: t for k, t in seen.items() if t.ndim in (2, 3, 4) and len(t) == len(x) and t.shape != x.shape}
     if not seen: raise NiooddError(f"{type(model).__name__} has no linear or convolutional layer after its first; nothing to listen to; expected a network of layers")
-    last = {(t.shape[2:] if t.ndim == 4 else name): name for name, t in seen.items()}
-    return [name for name in seen if name in last.values()]
+    last = {(t.shape[2:] if t.ndim == 4 else name): name for name, t in seen.items() if t.ndim != 3}
+    alike: dict[torch.Size, list[str]] = {}
+    for name, t in seen.items():
+        if t.ndim == 3: alike.setdefault(t.shape, []).append(name)
+    spread = {names[(i + 1) * len(names) // 4 - 1] for names in alike.values() for i in range(4) if (i + 1) * len(names) >= 4}
+    return [name for name in seen if name in {*last.values(), *spread}]
 
-def directions(t: Tensor) -> dict[str, Tensor]: # [B, C, H, W] → " where" and " what", [B, D] → "": float32 [B, D'], rows of length 1
+def directions(t: Tensor) -> dict[str, Tensor]: # [B, C, H, W] or [B, C, T] → " where" and " what", [B, D] → "": float32 [B, D'], rows of length 1
     "What a layer read, as directions: a vector as it is; of a map the maxima in 4×4 fields, and the root mean square of each channel."
-    if t.ndim != 4: return {"": F.normalize(t.flatten(1).float(), dim=1)}
+    if t.ndim == 2: return {"": F.normalize(t.float(), dim=1)}
+    if t.ndim == 3: t = t[:, :, None]
     where, what = F.adaptive_max_pool2d(t, [min(4, s) for s in t.shape[2:]]), t.square().mean((2, 3)).sqrt()
     return {" where": F.normalize(where.flatten(1).float(), dim=1), " what": F.normalize(what.float(), dim=1)}
 
@@ -64,7 +71,7 @@ def subspace(
 ) -> Tensor: # float32 [D, d], orthonormal columns; d = min(dimensions, M, D)
     "The first right singular vectors, without centring (Halko et al., 2011)."
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed) # The CPU's only
         return torch.svd_lowrank(directions, min(dimensions, *directions.shape), niter=3)[2]
 
 def prototypes(
@@ -88,9 +95,9 @@ def read_directions(
 ) -> tuple[Tensor, dict[str, Tensor]]: # Logits [B, K]; by layer and what is said there (`body.3 where`), float32 [B, D], rows of length 1
     "One forward pass in eval mode: the logits, and what the posts read, as `directions`."
     layers = list(dict.fromkeys(name.partition(" ")[0] for name in layers))
-    x = as_input(x.to(next(model.parameters()).device)).clone(memory_format=torch.channels_last)
+    x = as_input(x, model).clone(memory_format=torch.channels_last)
     with eval_mode(model): logits, seen = _reading(model, x, layers)
-    return logits, {name + kind: u for name in layers for kind, u in directions(seen[name]).items()}
+    return as_logits(logits, len(x)), {name + kind: u for name in layers for kind, u in directions(seen[name]).items()}
 
 @dataclass(frozen=True)
 class Bank:
@@ -122,8 +129,9 @@ class Surprise:
         self.known = known.double().sort().values
         knots = self.known.quantile(1 - 10 ** -torch.linspace(0, 1, 17, dtype=torch.float64))
         excess = self.known[self.known > knots[-1]] - knots[-1]
-        self.start, self.width = knots, torch.cat([knots.diff(), knots.new_tensor([torch.inf])]) # of 16 pieces and of the tail
-        self.slope = torch.cat([math.log(10) / 16 / knots.diff().clamp_min(1e-12), 1 / (excess.mean() if len(excess) else knots.new_tensor(1e-12))[None]])
+        steps = torch.cat([knots.diff(), excess.mean()[None] if len(excess) else knots.new_zeros(1)]) # of 16 pieces, and of the tail
+        self.start, self.width = knots, torch.cat([knots.diff(), knots.new_tensor([torch.inf])])
+        self.slope = torch.tensor([math.log(10) / 16] * 16 + [1.]).double() / steps.clamp_min(2e-6 * self.known.abs().amax().clamp_min(1)) # Below it lie rounding errors
 
     def __call__(self, scores: Tensor) -> Tensor: # float64 [N] ≥ 0
         "Each piece adds its slope times how far the score goes into it."
@@ -149,6 +157,8 @@ class LayerwiseDetector(Detector):
     """Nearest neighbours at layers of all depths and the energy of the logits, added as −log p (Fisher's method); post hoc, for any classifier.
 
     Kindred: kNN on the last layer (Sun et al., ICML 2022); p-values over channels (Haroush et al., ICLR 2022)."""
+    requires_fit = True
+
     def __init__(self,
         model: nn.Module, # Images → logits [B, K]; used in eval mode, left in the mode it is in
         classes: list[str] | None = None, # Names of the classes
@@ -204,7 +214,11 @@ class LayerwiseDetector(Detector):
 
 # %% ../nbs/25_layerwise.ipynb #d6310539
 def _together(images) -> Tensor: # A tensor [N, C, H, W], or a loader of batches as for `id_images`
-    return images if isinstance(images, Tensor) else torch.cat(list(id_images(images)) or [torch.empty(0, 1, 1, 1)])
+    if isinstance(images, Tensor): return images
+    try: parts = list(id_images(images))
+    except TypeError: parts = [None] # Nothing that can be gone through
+    if not all(isinstance(p, Tensor) for p in parts): raise NiooddError(f"images are a {type(images).__name__}; expected a tensor [N, C, H, W], or a loader of batches x, (x,) or (x, y) of tensors; pass .images of an ImageSet, torch.from_numpy of an array")
+    return torch.cat(parts or [torch.empty(0, 1, 1, 1)])
 
 def learn_banks(
     model: nn.Module,
@@ -214,15 +228,17 @@ def learn_banks(
     seed: int,
     told: Callable[[int], object] = lambda images: None, # Is told of each batch how many images it had
 ) -> dict[str, Bank]: # By what `read_directions` calls it
-    "What the posts know: subspaces, from the first 5,000 images at most, and within them prototypes of all. Raises `NiooddError` for a network without layers."
-    layers, basis, within = listening_posts(model, as_input(images[:2].to(next(model.parameters()).device))), {}, {}
-    for part in filter(len, images.tensor_split([5000])): # what is read of the first ones is kept whole until the subspace is known
+    "What the posts know: subspaces, from the first 5,000 images or 2 GB at most, and within them prototypes of all. Raises `NiooddError` for a network without layers, and where what is read is not finite."
+    layers, basis, within = listening_posts(model, as_input(images[:2], model)), {}, {}
+    size = sum(u[0].nbytes for u in read_directions(model, images[:2], layers)[1].values())
+    for part in filter(len, images.tensor_split([min(5000, max(500, int(2e9 / size)))])): # what is read of the first ones is kept whole until the subspace is known
         read: dict[str, list[Tensor]] = {}
         for b in input_batches(model, part):
             for k, u in read_directions(model, b, layers)[1].items(): read.setdefault(k, []).append(u.cpu() @ basis[k] if k in basis else u.cpu())
             told(len(b))
         for k in [k for k in read if k not in basis]:
             u = torch.cat(read[k])
+            if not u.isfinite().all(): raise NiooddError(f"what layer {k.partition(' ')[0]} reads is not finite for some images; expected a trained network and finite images; look for NaN in both")
             basis[k] = subspace(u, dimensions, seed)
             read[k] = [u @ basis[k]]
         for k, parts in read.items(): within[k] = within.get(k, []) + parts
@@ -232,14 +248,16 @@ def fit_layerwise(
     detector: LayerwiseDetector,
     images, # ID images the network was trained on: uint8 (or floating-point) [N, C, H, W], or a loader of batches
     held_out=None, # ID images it was not trained on, likewise; None: a quarter of `images`, which then must not be training images
-    keep: float = 0.95, # Share of held-out images that the threshold accepts; 0.99: about 1 % false alarms
+    keep: float = 0.95, # Share of known images that the threshold accepts; 0.99: 1 % false alarms at most, in the mean over held-out images
     bank: int = 2500, # Prototypes
     dimensions: int = 128, # Of each layer's subspace
     n: int = 20000, # Of `images`, at most so many are read
     seed: int = 0, # Of which those are, and of how the held-out images are split
     progress: bool = False, # A bar over the images
 ) -> LayerwiseDetector: # `detector`
-    "Learn banks, distributions and threshold; what `LayerwiseDetector.fit` does. Raises `NiooddError` for fewer than 80 held-out images, or a network without layers."
+    """Learn banks, distributions and threshold, where p is 1 − `keep`; what `LayerwiseDetector.fit` does.
+
+    Raises `NiooddError` for fewer than 80 held-out images or too few for `keep`, a network without layers or not of the detector's classes, and what is not finite."""
     rng = torch.Generator().manual_seed(seed)
     shuffled = lambda t: t[torch.randperm(len(t), generator=rng)]
     images = shuffled(_together(images))
@@ -248,14 +266,20 @@ def fit_layerwise(
     if min(len(images), bank, dimensions, n) < 2:
         raise NiooddError(f"{len(images)} images, bank={bank}, dimensions={dimensions}, n={n}; expected at least 2 of each, better some thousands of images; pass more")
     first, second = held_out.tensor_split(2)
+    rank = math.floor((1 - keep) * (1 + len(second)) + 1e-9) if 0 < keep < 1 else 0 # So many of `second` may be rejected, the one at the threshold among them
+    if not rank: raise NiooddError(f"keep is {keep}; expected a share from 0 to {len(second) / (1 + len(second)):.4g}, as 0.95; {len(second)} images to calibrate by (half of those held out) tell no more: hold out more")
+    outputs = network_logits(detector.model, images[:2]).shape[1]
+    known = detector.n_known or outputs
+    if known > outputs or len(detector.classes or range(known)) != known:
+        raise NiooddError(f"n_known is {detector.n_known} and there are {len(detector.classes or ())} class names, but the network has {outputs} outputs; expected a name for each known class, and no more classes than outputs")
     with tqdm(total=len(images[:n]) + len(held_out), desc="layerwise", unit="image", disable=not progress) as bar:
-        detector.banks = learn_banks(detector.model, images[:n], bank, dimensions, seed, bar.update)
+        banks = learn_banks(detector.model, images[:n], bank, dimensions, seed, bar.update)
         found = []
         for b in input_batches(detector.model, first):
-            found.append(layer_scores(detector.model, b, detector.banks, detector.n_known)[1])
+            found.append(layer_scores(detector.model, b, banks, detector.n_known)[1])
             bar.update(len(b))
-        detector.surprise = {k: Surprise(torch.cat([f[k] for f in found])) for k in found[0]}
+        detector.banks, detector.surprise = banks, {k: Surprise(torch.cat([f[k] for f in found])) for k in found[0]}
         detector.calibration = detector.predict(second).sort().values
         bar.update(len(second))
-    detector.threshold(detector.calibration, keep)
+    detector.threshold_ = detector.calibration[-rank].item() # Above it, p ≤ 1 − keep
     return detector

@@ -130,7 +130,6 @@ def labelled(
         raise NiooddError("the loader gives batches without labels; expected (images, labels) as tensors; use TensorDataset(images, labels)")
     x = as_input(batch[0], model).contiguous(memory_format=torch.channels_last)
     y = batch[1].to(x.device)
-    if not x.isfinite().all(): raise NiooddError("images hold NaN or infinity; expected finite numbers; look for them in the data set")
     if y.shape != x.shape[:1] or y.is_floating_point() or y.is_complex():
         raise NiooddError(f"labels are {str(y.dtype).removeprefix('torch.')} {list(y.shape)} for {len(x)} images; expected integers [{len(x)}]; pass class numbers")
     y = y.long() # Before they are compared with K, which may be more than a uint8 holds
