@@ -127,7 +127,7 @@ def _from_features(name: str, detector: type, build: Callable, how: str = "featu
     as_it_takes = _maps if how == "feature_maps" else lambda z: z
     def make(fit: Fit) -> Scorer:
         check_fit(fit)
-        d = build(_frozen(output_layer(fit.model, as_input(fit.images[:2]))).cpu())
+        d = build(_frozen(output_layer(fit.model, as_input(fit.images[:2], fit.model))).cpu())
         if fits: getattr(d, f"fit_{how}")(as_it_takes(fit.outputs.features), fit.labels)
         predict = getattr(d, f"predict_{how}" if how else "predict")
         return lambda o: _scores(name, (predict(as_it_takes(z)) for z in _parts(o.features)))
@@ -183,7 +183,7 @@ BASELINES["rmd"] = Baseline("rmd", "outputs", _make_rmd, _cite(ood.RMD), "RMD")
 # %% ../nbs/24_baselines.ipynb #ddcc4a40
 def _make_nac(fit: Fit) -> Scorer:
     check_fit(fit)
-    features, layer = nn.Identity(), _frozen(output_layer(fit.model, as_input(fit.images[:2]))).cpu()
+    features, layer = nn.Identity(), _frozen(output_layer(fit.model, as_input(fit.images[:2], fit.model))).cpu()
     d = ood.NACUE(nn.Sequential(features, layer), [features])
     leaves = lambda o: (z.clone().requires_grad_() for z in _parts(o.features))
     d.fit(list(leaves(fit.outputs)))
@@ -203,9 +203,9 @@ def odin_logits(
     batch_size: int | None = None, # None: as `nioodd.train.in_batches` finds best
 ) -> Tensor: # float64 [E, N, K], on the CPU
     "The logits of each image moved by each ε (Liang et al., ICLR 2018, eq. 2); one backward pass, and one forward per ε. Parameters get no gradients."
-    found, device = [], next(model.parameters()).device
+    found = []
     for x in input_batches(model, images, batch_size):
-        x = as_input(x.to(device)).clone(memory_format=torch.channels_last)
+        x = as_input(x, model).clone(memory_format=torch.channels_last)
         direction = ood.odin_preprocessing(model, x, eps=1., temperature=temperature, norm_std=[0.5] * x.shape[1]) - x
         with torch.no_grad(): found.append(torch.stack([model(x + e * direction) for e in epsilons]).double().cpu())
     return torch.cat(found, 1)
@@ -253,9 +253,8 @@ def pieces(
 def _from_images(name: str, detector: type, build: Callable[[Fit, nn.Module], Callable[[Tensor], Tensor]], settings: str = "") -> None:
     def make(fit: Fit) -> Scorer:
         model = _frozen(check_fit(fit).model)
-        device = next(model.parameters()).device
         score = build(fit, model)
-        return lambda images: _scores(name, (score(as_input(x.to(device))) for x in _parts(images, model)))
+        return lambda images: _scores(name, (score(as_input(x, model)) for x in _parts(images, model)))
     BASELINES[name] = Baseline(name, "images", make, _cite(detector), detector.__name__, settings)
 
 # %% ../nbs/24_baselines.ipynb #b1be49eb
@@ -265,16 +264,16 @@ def _mahalanobis_odin(fit: Fit, model: nn.Module) -> Callable[[Tensor], Tensor]:
     with _float64(): return d.fit_features(fit.outputs.features.double().to(device), fit.labels.to(device))
 
 def _rankfeat(fit: Fit, model: nn.Module) -> Callable[[Tensor], Tensor]:
-    *body, head = pieces(model, as_input(fit.images[:2].to(next(model.parameters()).device)))
+    *body, head = pieces(model, as_input(fit.images[:2], model))
     return torch.no_grad()(ood.RankFeat(nn.Sequential(*body), head))
 
 def _gram(fit: Fit, model: nn.Module, n: int = 10_000) -> Callable[[Tensor], Tensor]:
     device = next(model.parameters()).device
-    *body, head = pieces(model, as_input(fit.images[:2].to(device)))
+    *body, head = pieces(model, as_input(fit.images[:2], model))
     d = ood.Gram(head, body, fit.outputs.logits.shape[1]).to(device)
-    loader = [(as_input(x), y) for x, y in zip(fit.images[:n].split(500), fit.labels[:n].split(500))]
+    loader = [(as_input(x, model), y) for x, y in zip(fit.images[:n].split(500), fit.labels[:n].split(500))]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fit.seed)
+        torch.default_generator.manual_seed(fit.seed) # The CPU's only
         d.fit(loader)
     return d
 
@@ -321,7 +320,7 @@ def bayes_adapter(
     Raises `NiooddError` for labels that do not fit the network, and when the loss is not finite."""
     net, losses = copy.deepcopy(model).eval(), []
     own, device = dict(net.named_parameters()), next(net.parameters()).device
-    with torch.no_grad(): n_outputs = net(as_input(images[:1].to(device))).shape[1]
+    with torch.no_grad(): n_outputs = net(as_input(images[:1], net)).shape[1]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         mu = {k: own[k].detach().clone().requires_grad_() for k in scales(net)}
@@ -329,7 +328,7 @@ def bayes_adapter(
         optimiser = torch.optim.SGD([dict(params=list(mu.values()), lr=lr), dict(params=list(psi.values()), lr=lr_psi)], momentum=0.9, nesterov=True)
         for _ in tqdm(range(steps), desc="BayesAdapter", disable=not progress, leave=False):
             i = torch.randint(len(images), (batch_size,))
-            x, y = labelled((images[i], labels[i]), n_outputs, device)
+            x, y = labelled((images[i], labels[i]), n_outputs, net)
             draw = {k: m + psi[k].exp() * torch.randn_like(m) for k, m in mu.items()}
             nll = F.cross_entropy(call_with(net, draw, x), y)
             optimiser.zero_grad()
@@ -347,7 +346,7 @@ def _from_draws(name: str, draws: int) -> None:
         check_fit(fit)
         net, sigma, _ = bayes_adapter(fit.model, fit.images, fit.labels, seed=fit.seed, **options)
         siblings, score = Siblings(net, sigma, draws, fit.seed, original=False), measure_named(measure)
-        return lambda images: _scores(name, (score(siblings.logits(as_input(x))) for x in images.split(250) if len(x)))
+        return lambda images: _scores(name, (score(siblings.logits(as_input(x, siblings.model))) for x in images.split(250) if len(x)))
     BASELINES[name] = Baseline(name, "images", make, "BayesAdapter: Being Bayesian, Inexpensively and Robustly, via Bayesian Fine-tuning, arXiv 2020", None,
                                f"the authors' step sizes, 400 steps of 128, {draws} draws, entropy of the mean; without their stand-ins for OOD")
 

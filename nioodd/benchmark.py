@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'Scores', 'DETECTORS', 'PAPER2', 'unknown_set', 'Study', 'Cell', 'cells', 'read_rows', 'cell_of', 'add_rows',
-           'missing', 'absent', 'run_cells', 'plan', 'Summary', 'summarise', 'scoreboard', 'refusals', 'better',
-           'compare_all']
+           'missing', 'absent', 'run_cells', 'check_rows', 'made', 'plan', 'Summary', 'summarise', 'scoreboard',
+           'refusals', 'better', 'compare_all']
 
 # %% ../nbs/26_benchmark.ipynb #b79cd3f8
 import json
@@ -30,7 +30,7 @@ from .layerwise import LayerwiseDetector
 from .metrics import HIGHER_IS_BETTER, METRICS, ood_metrics, paired_bootstrap
 from .outliers import FAMILIES, outliers
 from .outputs import Outputs, fingerprint, kept_outputs, network_fingerprint
-from .recipes import RECIPES, Recipe, load_classifier, recipe_data, train_classifier
+from .recipes import RECIPES, load_classifier, read_recipe, recipe_data, train_classifier
 from .stress import SEVERITIES, corrupted, fgsm, gaussian_images
 from .train import commit, load_tensors, save_tensors, write_atomic
 from .trust import TrustIntervalDetector, strength, uniform_sigma
@@ -58,7 +58,7 @@ def unknown_set(
     if kind == "gaussian-like": return gaussian_images(train, n).images
     if kind == "outliers":
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0) # The CPU's only
             return outliers((value,), min(n, 3000), train.images)
     s = load(name, "all", root=study.root, size=test.shape[-1], channels=test.shape[1])
     study.found_as[name] = s.name
@@ -81,7 +81,7 @@ class Study:
         self.weights, self.found_as, self._images, self._hash = network_fingerprint(self.model), {}, {}, {}
 
     @cached_property
-    def problem(self): return recipe_data(Recipe(**self.info["recipe"]), self.root)
+    def problem(self): return recipe_data(read_recipe(self.folder), self.root)
 
     @cached_property
     def test(self) -> ImageSet: return evenly(self.problem.test, self.n)
@@ -124,7 +124,7 @@ def _baseline(name: str) -> Callable[[Study], Scores]:
     return make
 
 def _ensemble(study: Study) -> Scores:
-    if not study.others: raise NiooddError("an ensemble needs a second network; expected another seed of the same recipe; name two --seeds")
+    if not study.others: raise NiooddError("an ensemble needs a second network; expected another seed of the same recipe; name two --seeds (two make one ensemble, which is judged as the first's)")
     other = Study(study.others[0], study.work)
     return lambda of: ensemble_score([study.outputs(of), kept_outputs(other.model, study.images(of), study.work / "outputs", other.weights)])
 
@@ -171,8 +171,10 @@ def read_rows(out: str | os.PathLike) -> list[dict]: # The folder of results, or
     "All rows, as they lie there. Raises `NiooddError` for a damaged file."
     out, rows = Path(out), []
     for path in sorted(out.glob("*.jsonl")) if out.is_dir() else [out] * out.is_file():
-        try: rows += [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        try: found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         except ValueError as e: raise NiooddError(f"{path} is not JSON lines ({e}); restore it, or delete it to run its cells anew") from None
+        if not all(isinstance(r, dict) and r.keys() >= {*Cell._fields} for r in found): raise NiooddError(f"{path} has lines that are no rows; expected {', '.join(Cell._fields)} in each; restore it, or delete it to run its cells anew")
+        rows += found
     return rows
 
 def cell_of(row: dict) -> Cell: return Cell(row["network"], row["seed"], row["detector"], row["ood"])
@@ -190,24 +192,29 @@ def add_rows(out: str | os.PathLike, rows: list[dict]) -> None: # All of one net
 def _score_cells(study: Study, todo: list[Cell]) -> list[dict]:
     "The rows of cells of one detector, their scores kept."
     first = todo[0]
-    used = dict(weights=study.weights, id=study.problem.test.name, fit_images=study.fit_images, commit=commit(), torch=torch.__version__, threads=torch.get_num_threads())
+    used = dict(weights=study.weights, id=study.problem.test.name, at_most=study.n, fit_images=study.fit_images, commit=commit(), torch=torch.__version__, threads=torch.get_num_threads())
     study.outputs("id"), study.fit                                     # shared, hence not on this detector's account
-    start, refused = time.perf_counter(), None
-    try: score = DETECTORS[first.detector](study)
-    except NiooddError as e: refused = str(e)
-    fitted, kept, rows = time.perf_counter() - start, {}, []
-    for cell in [c for c in todo if refused]: rows.append(dict(**cell._asdict(), not_run=refused, **used))
-    for name in [] if refused else ["id", *(c.ood for c in todo)]:
-        study.outputs(name)
+    for c in todo: study.outputs(c.ood)
+    start, kept, rows = time.perf_counter(), {}, []
+    try:
+        score = DETECTORS[first.detector](study)
+        fitted, kept["id"] = time.perf_counter() - start, score("id").cpu()
+    except Exception as e: # Anybody's detector on anybody's network: others shall be judged all the same
+        return [dict(**cell._asdict(), not_run=_why(e), **used) for cell in todo]
+    for name in (c.ood for c in todo):
         start = time.perf_counter()
-        kept[name] = score(name).cpu()
+        try: kept[name] = score(name).cpu()
+        except Exception as e:
+            rows.append(dict(**first._replace(ood=name)._asdict(), not_run=_why(e), **used))
+            continue
         seconds = time.perf_counter() - start
-        if name == "id": continue
         rows.append(dict(**first._replace(ood=name)._asdict(), **ood_metrics(kept["id"], kept[name]), n_id=len(kept["id"]), n_ood=len(kept[name]), ood_as=study.found_as.get(name, name), images=study.hash(name), **used,
                          fit_seconds=round(fitted, 3), score_seconds=round(seconds, 3), quantiles={k: _quantiles(kept[v]) for k, v in (("id", "id"), ("ood", name))}))
     path = _scores_file(study.work, first)
-    if kept: save_tensors(path, (load_tensors(path)[0] if path.is_file() else {}) | kept, dict(weights=study.weights))
+    save_tensors(path, (load_tensors(path)[0] if path.is_file() else {}) | kept, dict(weights=study.weights))
     return rows
+
+def _why(e: Exception) -> str: return str(e) if isinstance(e, NiooddError) else f"{type(e).__name__}: {e}"
 
 def _quantiles(scores: Tensor) -> list[float]: # 21 of them, 0 to 100 %, to 5 digits: enough to draw a distribution
     return [float(f"{q:.5g}") for q in scores.double().quantile(torch.linspace(0, 1, 21).double()).tolist()]
@@ -216,14 +223,14 @@ def _scores_file(work: Path, cell: Cell) -> Path: return Path(work) / "scores" /
 
 # %% ../nbs/26_benchmark.ipynb #5eabb6b8
 def missing(todo: list[Cell], out: str | os.PathLike) -> list[Cell]:
-    "The cells that have no row yet."
-    done = {cell_of(r) for r in read_rows(out)}
+    "The cells that have no row yet, or one that says why they were not run: that is tried again."
+    done = {cell_of(r) for r in read_rows(out) if "not_run" not in r}
     return [c for c in todo if c not in done]
 
 def _needs(cell: Cell, models: str | os.PathLike) -> set[str]: # Names of sets
     "The sets that a cell reads: its own, and what its network was, or would be, trained on."
     path = Path(models) / f"{cell.network}-seed{cell.seed}" / "model.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["recipe"]["data"] if path.is_file() else RECIPES[cell.network].data
+    known = read_recipe(path.parent).data if path.is_file() else RECIPES[cell.network].data
     return {cell.ood.removesuffix("-inverted"), known.removesuffix("-inverted")}
 
 def absent(todo: list[Cell], models: str | os.PathLike = "runs", root: str | os.PathLike | None = None) -> tuple[list[Cell], dict[str, str]]: # The cells; name of a set → how to get it
@@ -243,8 +250,12 @@ def run_cells(
     images: int = 10000, # Of each set, at most
     progress: bool = True,
 ) -> dict[str, list]: # `run`, `absent` and `busy`: cells that were run, whose data is missing, that another process is at
-    "Runs the cells that are missing in `out`, and can be. Raises `NiooddError` if rows there belong to other weights."
-    todo = missing(todo, out)
+    """Runs the cells that are missing in `out`, and can be. A detector that fails on a network gets rows that say why, and does not stop the others.
+
+    Raises `NiooddError` if rows there belong to other weights or to another number of images."""
+    if images < 1: raise NiooddError(f"images is {images}; expected at least 1 of each set, and thousands for figures that mean something")
+    check_rows(todo, out, models, images)
+    seeds, todo, locks = sorted({c.seed for c in todo}), missing(todo, out), made(Path(work) / "locks")
     result = dict(run=[], absent=absent(todo, models, root)[0], busy=[])
     lacking, groups = set(result["absent"]), {}
     for c in todo:
@@ -252,36 +263,50 @@ def run_cells(
     study = None
     for (network, seed, detector), group in (bar := tqdm(groups.items(), disable=not progress, unit="detector")):
         bar.set_description(f"{network} seed {seed}: {detector}")
-        if study is None or study.folder.name != f"{network}-seed{seed}": study = _open(network, seed, sorted({c.seed for c in todo}), Path(out), work, models, root, images, progress)
-        lock = FileLock(Path(work) / "locks" / f"{network}-seed{seed}-{detector}.lock", timeout=0)
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        if study is None or study.folder.name != f"{network}-seed{seed}": study = _open(network, seed, seeds, Path(out), work, models, root, images, progress)
+        lock = FileLock(locks / f"{network}-seed{seed}-{detector}.lock", timeout=0)
         try:
             with lock:
                 if group := missing(group, out):
-                    add_rows(out, _score_cells(study, group))
-                    result["run"] += group
+                    add_rows(out, rows := _score_cells(study, group))
+                    result["run"] += [cell_of(r) for r in rows if "not_run" not in r]
         except Timeout: result["busy"] += group
     return result
 
+def check_rows(todo: Iterable[Cell], out: str | os.PathLike, models: str | os.PathLike, images: int | None = None) -> None:
+    "Raises `NiooddError` if rows of these networks in `out` are of other weights than those in `models`, or were judged on another number of images at most (None: any)."
+    for network, seed in dict.fromkeys((c.network, c.seed) for c in todo):
+        path, folder = _file(Path(out), network, seed), Path(models) / f"{network}-seed{seed}"
+        if not (rows := read_rows(path)): continue
+        if (folder / "model.safetensors").is_file() and (stale := {r["weights"] for r in rows} - {now := network_fingerprint(load_classifier(folder)[0])}):
+            raise NiooddError(f"{path} has rows of other weights ({', '.join(sorted(stale))}; these are {now}); give another --out, or delete the file")
+        if images is not None and (other := {r["at_most"] for r in rows if "at_most" in r} - {images}):
+            raise NiooddError(f"{path} has rows judged on at most {max(other)} images of each set, not {images}; give the same --images, another --out, or delete the file")
+
+def made(folder: Path) -> Path: # `folder`
+    "A folder, made if need be. Raises `NiooddError` if it cannot be."
+    try: folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise NiooddError(f"the folder {folder} cannot be made ({e.strerror}); expected a place that can be written; choose another one") from None
+    return folder
+
 def _open(network: str, seed: int, seeds: list[int], out: Path, work, models, root, images: int, progress: bool) -> Study:
-    "The study of a network, trained if it is not there; of its ensemble partner, the next seed, too."
+    "The study of a network, trained if it is not there; of its ensemble partner, the next seed, too (of two seeds, the second has none: the pair is one)."
     def folder(s):
-        path = Path(models) / f"{network}-seed{s}"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = made(Path(models)) / f"{network}-seed{s}"
         with FileLock(path.with_name(f".{path.name}.lock")):
             if not (path / "model.safetensors").is_file():
                 train_classifier(network, path, root=root, seed=s, resume=path.is_dir(), details=dict(command=f"nioodd train {network} --seed {s}"), progress=progress)
         return path
-    partner = [s for s in seeds[seeds.index(seed) + 1:] + seeds[:seeds.index(seed)]][:1]
+    at = seeds.index(seed)
+    partner = [] if len(seeds) == 2 and at else (seeds[at + 1:] + seeds[:at])[:1]
     study = Study(folder(seed), work, root, images, others=tuple(map(folder, partner)), progress=progress)
-    stale = {r["weights"] for r in read_rows(_file(out, network, seed))} - {study.weights}
-    if stale: raise NiooddError(f"{_file(out, network, seed)} has rows of other weights ({', '.join(sorted(stale))}; these are {study.weights}); give another --out, or delete the file")
     write_atomic(Path(out) / f"{network}-seed{seed}.model.json", (study.folder / "model.json").read_text(encoding="utf-8"))
     return study
 
 # %% ../nbs/26_benchmark.ipynb #0c97ab89
 def plan(todo: list[Cell], out: str | os.PathLike, models: str | os.PathLike = "runs", root: str | os.PathLike | None = None) -> str:
     "What `run_cells` would do: cells per network and detector, what they cost by the rows that are there, networks that would be trained, data that is missing."
+    check_rows(todo, out, models)
     rows, left = read_rows(out), set(missing(todo, out))
     cannot, gone = absent([c for c in todo if c in left], models, root)
     cannot = set(cannot)

@@ -248,12 +248,14 @@ def _guard(a: argparse.Namespace) -> int:
     from nioodd.fit import folder_problem
     from nioodd.layerwise import LayerwiseDetector
     out = Path(a.out or f"{a.model.rstrip('/')}-guard")
-    if out.is_dir() and any(out.iterdir()): raise NiooddError(f"{out} is not empty; give the name of a new folder to --out")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())): raise NiooddError(f"{out} is not empty; give the name of a new folder to --out")
     model, _, problem = folder_problem(a.model, a.data, a.root)
     held_out, test = problem.held_out or problem.test, problem.test
     detector = LayerwiseDetector(model.to(_device(a.device)), problem.train.classes, problem.n_known).fit(problem.train.images, held_out.images, keep=1 - a.false_alarms, progress=True)
     detector.save(out)
-    print(f"threshold at {a.false_alarms:.2%} false alarms by {len(held_out)} held-out images; on the {len(test)} test images {detector.is_ood(test.images).double().mean():.2%}\ndetector  {out}")
+    by = f"the {len(detector.calibration)} of {len(held_out)} {'test' if problem.held_out is None else 'held-out'} images that calibrate it"
+    more = "(no images were held out from training, so the test images had to serve)" if problem.held_out is None else f"; on the {len(test)} test images {detector.is_ood(test.images).double().mean():.2%}"
+    print(f"threshold at {a.false_alarms:.2%} false alarms by {by}{more}\ndetector  {out}")
     return 0
 
 def _trust_compare(a: argparse.Namespace) -> int:
@@ -361,7 +363,10 @@ def _bench_ood(a: argparse.Namespace) -> int:
     try: seeds = [int(s) for s in a.seeds.split(",")]
     except ValueError: raise NiooddError(f"--seeds is {a.seeds!r}; expected whole numbers, as 0,1,2") from None
     from nioodd.benchmark import absent, cells, compare_all, plan, read_rows, refusals, run_cells, scoreboard
+    from nioodd.metrics import METRICS
     todo = cells(a.table, a.cells and a.cells.split(","), seeds, a.detectors and a.detectors.split(","))
+    if a.metric not in METRICS: raise unknown("metric", a.metric, METRICS)
+    if a.better and a.better not in (names := {c.detector for c in todo}): raise unknown("detector for --better, among those to run,", a.better, names)
     if a.dry_run:
         print(plan(todo, a.out, a.models, a.root))
         return 0

@@ -139,6 +139,8 @@ def compare(
     model, learnt = detector.model, detector.siblings.sigma
     shape = {k: model.arguments[k] for k in ("size", "channels")}
     test = load(data, "test", root=root, **shape)
+    known = detector.n_known or len(detector.sibling_logits(test.images[:1])[0, 0])
+    if len(test.classes) != known: raise NiooddError(f"{test.name} has {len(test.classes)} classes, but the detector knows {known}; expected the set it was fitted on; name that with --data")
     if test.name in ood: raise NiooddError(f"{test.name} is the known set; expected others among the sets that are not known; leave it out of ood")
     sets = {test.name: test} | {s.name: s for s in (evenly(load(o, "all", root=root, **shape), images) for o in ood)}
     share = strength(model, learnt)

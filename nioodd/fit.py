@@ -24,7 +24,7 @@ from .errors import NiooddError
 from .garbage import Problem, load_problem, read_run
 from .metrics import known_accuracy, ood_metrics
 from .models import Classifier
-from .recipes import Recipe, load_classifier, recipe_data
+from .recipes import load_classifier, read_recipe, recipe_data
 from .siblings import DISTRIBUTIONS
 from .train import load_tensors, logits_of, provenance, write_atomic
 from .trust import REGULARISERS, WHICH, TrustIntervalDetector, TrustIntervals
@@ -76,7 +76,7 @@ def folder_problem(
 ) -> tuple[nn.Module, dict, Problem]: # The network, what is known of it, and its ID images
     "A trained network and its data. Raises `NiooddError` if the folder does not say what it was trained on."
     model, info = load_classifier(folder)
-    if "recipe" in info: return model, info, recipe_data(Recipe(**info["recipe"] | (dict(data=data) if data else {})), root)
+    if "recipe" in info: return model, info, recipe_data(replace(read_recipe(folder), **(dict(data=data) if data else {})), root)
     if "config" in info: return model, info, load_problem(replace(from_dict(info["config"]), ood_sets=(), validation_sets=(), **(dict(id_set=data) if data else {})), root)
     raise NiooddError(f"{folder} does not say what its network was trained on; expected the folder of a `nioodd train` or `nioodd run`; use nioodd's detectors from Python")
 

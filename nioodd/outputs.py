@@ -64,7 +64,7 @@ def fingerprint(*parts: Tensor | str) -> str: # 16 hexadecimal digits
         if isinstance(p, str): h.update(p.encode())
         else:
             h.update(f"{list(p.shape)}{p.dtype}".encode())
-            h.update(p.detach().cpu().contiguous().numpy().reshape(-1).view("uint8"))
+            h.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.hexdigest()[:16]
 
 def network_fingerprint(model: nn.Module) -> str: # 16 hexadecimal digits

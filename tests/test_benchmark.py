@@ -102,12 +102,39 @@ def test_a_missing_network_is_trained(tmp_path, monkeypatch):
     assert load_classifier(tmp_path / "models/C1-seed3")[1]["seed"] == 3
 
 
-def test_ensemble_takes_the_next_seed_and_needs_one(go, models, tmp_path):
-    go(some(("ensemble",)))
-    assert "second network" in refusals(read_rows(tmp_path / "out"))["ensemble"]
-    out = run_cells(some(("ensemble",), seeds=(0, 1)), tmp_path / "two", tmp_path / "work", models, images=200, progress=False)
-    rows = read_rows(tmp_path / "two")
-    assert len(out["run"]) == 4 and rows[0]["auroc"] == rows[2]["auroc"]          # both orders are the same pair
+def test_ensemble_takes_the_next_seed_and_needs_one(go, tmp_path):
+    assert not go(some(("ensemble",)))["run"] and "second network" in refusals(read_rows(tmp_path / "out"))["ensemble"]
+    both = some(("ensemble",), seeds=(0, 1))
+    assert go(both)["run"] == both[:2]                                            # the refusal was no result; the pair is one, and stands once
+    figures = {cell_of(r): r for r in read_rows(tmp_path / "out")}
+    assert len(figures) == 4 and all(("auroc" in figures[c]) == (c.seed == 0) for c in both)
+    assert not go(both)["run"] and {cell_of(r): r.get("auroc") for r in read_rows(tmp_path / "out")} == {c: r.get("auroc") for c, r in figures.items()}
+
+
+def test_a_detector_that_fails_does_not_stop_the_others(go, tmp_path, monkeypatch):
+    def fails(study): raise ValueError("no correct predictions")
+    def fails_later(study):
+        def score(name):
+            if name == "letters": raise NiooddError("NaN for 3 images")
+            return torch.arange(200.)
+        return score
+    monkeypatch.setitem(DETECTORS, "msp", fails)
+    monkeypatch.setitem(DETECTORS, "gen", fails_later)
+    todo = some(("msp", "gen", "energy"))
+    assert go(todo)["run"] == todo[3:]
+    rows = {cell_of(r): r.get("not_run") for r in read_rows(tmp_path / "out")}
+    assert rows == dict(zip(todo, ["ValueError: no correct predictions"] * 2 + ["NaN for 3 images", None, None, None]))
+    monkeypatch.undo()
+    assert go(todo)["run"] == todo[:3]                                            # tried again, and mended
+
+
+def test_rows_of_other_images_or_weights_are_refused_though_nothing_is_missing(go, models, tmp_path):
+    go(some(("energy",)))
+    with pytest.raises(NiooddError, match="at most 200 images of each set, not 50"): go(some(("energy",)), images=50)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/C1-seed0").symlink_to(models / "C1-seed1")
+    for use in (lambda: run_cells(some(("energy",)), tmp_path / "out", tmp_path / "work", tmp_path / "other", images=200, progress=False), lambda: plan(some(("energy",)), tmp_path / "out", tmp_path / "other")):
+        with pytest.raises(NiooddError, match="other weights"): use()
 
 
 def test_missing_data_is_named_and_the_rest_is_run(go, models, tmp_path, monkeypatch):
@@ -227,3 +254,29 @@ def test_compare_all_is_a_row_per_rival_and_set(go, tmp_path):
     assert [(r["than"], r["ood"]) for r in rows] == [("msp", "letters"), ("msp", "photos")]  # the ensemble refused
     assert read_rows(tmp_path / "out/better/C1-energy.jsonl") == rows and len(read_rows(tmp_path / "out")) == len(todo)
     assert all(r["low"] <= r["difference"] <= r["high"] for r in rows)
+
+
+def test_what_is_wrong_with_a_command_is_said_before_anything_runs(models, tmp_path, capsys):
+    def error(*more):
+        assert main(["bench", "ood", "--table", "validation", "--cells", "C1", "--seeds", "0", "--detectors", "msp", "--models", str(models), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o"), *more]) == 2
+        assert not (tmp_path / "o").exists()
+        return capsys.readouterr().err
+    assert "metric" in error("--metric", "foo") and "--better" in error("--better", "energy") and "images is -3" in error("--images", "-3")
+    (tmp_path / "file").write_text("")
+    assert "cannot be made" in error("--work", str(tmp_path / "file/w"), "--images", "50")
+
+
+def test_damaged_files(go, models, tmp_path):
+    go(some(("energy",)))
+    path = tmp_path / "out/C1-seed0.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + "\n\n")
+    assert len(read_rows(path)) == 2                                              # empty lines are nothing
+    for line in ("{}", "5"):
+        path.write_text(whole + line + "\n")
+        with pytest.raises(NiooddError, match="no rows"): read_rows(path)
+    folder = tmp_path / "models/C1-seed0"
+    folder.mkdir(parents=True)
+    for text, says in (("xx", "not valid JSON"), ("{}", "not the JSON of a classifier"), ('{"status": "finished"}', "not the JSON of a classifier")):
+        (folder / "model.json").write_text(text)
+        with pytest.raises(NiooddError, match=says): absent(some(), tmp_path / "models")
