@@ -97,7 +97,7 @@ def read_directions(
     layers = list(dict.fromkeys(name.partition(" ")[0] for name in layers))
     x = as_input(x, model).clone(memory_format=torch.channels_last)
     with eval_mode(model): logits, seen = _reading(model, x, layers)
-    return as_logits(logits, len(x)), {name + kind: u for name in layers for kind, u in directions(seen[name]).items()}
+    return as_logits(logits, x.shape[0]), {name + kind: u for name in layers for kind, u in directions(seen[name]).items()}
 
 @dataclass(frozen=True)
 class Bank:

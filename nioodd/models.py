@@ -203,7 +203,7 @@ def as_logits(
     n: int, # For how many images
 ) -> Tensor: # [n, K]
     "`out`, if it is logits; else raises `NiooddError`."
-    if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != n:
+    if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != n: # `len` would make the batch size a constant for torch.export
         what = f"a tensor of shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
         raise NiooddError(f"the classifier returned {what} for {n} images; expected logits [N, K]; wrap it so that it returns them")
     return out
