@@ -273,6 +273,7 @@ def run_cells(
         except Timeout: result["busy"] += group
     return result
 
+# %% ../nbs/26_benchmark.ipynb #837de79b
 def check_rows(todo: Iterable[Cell], out: str | os.PathLike, models: str | os.PathLike, images: int | None = None) -> None:
     "Raises `NiooddError` if rows of these networks in `out` are of other weights than those in `models`, or were judged on another number of images at most (None: any)."
     for network, seed in dict.fromkeys((c.network, c.seed) for c in todo):

@@ -244,6 +244,7 @@ def learn_banks(
         for k, parts in read.items(): within[k] = within.get(k, []) + parts
     return {k: Bank(basis[k].double(), prototypes(torch.cat(parts), n).half().float()) for k, parts in within.items()} # rounded as they are saved
 
+# %% ../nbs/25_layerwise.ipynb #05be85ec
 def fit_layerwise(
     detector: LayerwiseDetector,
     images, # ID images the network was trained on: uint8 (or floating-point) [N, C, H, W], or a loader of batches

@@ -477,25 +477,6 @@ class TrustIntervalDetector(Detector):
         _check_fit(self.model, tensors)
         self.siblings = Siblings(self.model, tensors, self.n, self.seed, self.distribution)
 
-    def threshold(self, id_scores, keep: float = 0.95) -> float:
-        "As of any detector, for the siblings as they are now; when they grow or are redrawn, it must be set again."
-        self.judged_by = self._drawn().n, self.siblings.seed
-        return super().threshold(id_scores, keep)
-
-    def _fresh(self) -> None:
-        if self.threshold_ is not None and self.siblings is not None and self.judged_by != (self.siblings.n, self.siblings.seed):
-            raise NiooddError("the siblings have grown or been redrawn since the threshold was set; expected a threshold for these; call fit(loader) or threshold(id_scores) again")
-
-    def rejects(self, scores: Tensor) -> Tensor: # scores [B] from `predict` → bool [B]
-        "Which scores lie above the threshold. One that was set for other siblings raises `NiooddError`."
-        self._fresh()
-        return super().rejects(scores)
-
-    def save(self, folder: str | os.PathLike) -> Path:
-        "As of any detector; with a threshold that was set for other siblings raises `NiooddError`."
-        self._fresh()
-        return super().save(folder)
-
     def _drawn(self) -> Siblings:
         if self.siblings is None: raise NiooddError("this TrustIntervalDetector has no intervals; expected σ by parameter name; pass sigma=TrustIntervals(model).sigma() after fit")
         return self.siblings
@@ -515,6 +496,28 @@ class TrustIntervalDetector(Detector):
     def predict(self, x: Tensor) -> Tensor: # [B, C, H, W], see `as_input` → float64 [B], on the network's device
         "Scores of images: higher = more OOD."
         return self.predict_logits(self.sibling_logits(x))
+
+# %% ../nbs/15_trust.ipynb #c69b559e
+def _fresh(self: TrustIntervalDetector) -> None:
+    if self.threshold_ is not None and self.siblings is not None and self.judged_by != (self.siblings.n, self.siblings.seed):
+        raise NiooddError("the siblings have grown or been redrawn since the threshold was set; expected a threshold for these; call fit(loader) or threshold(id_scores) again")
+
+def _threshold(self: TrustIntervalDetector, id_scores, keep: float = 0.95) -> float:
+    "As of any detector, for the siblings as they are now; when they grow or are redrawn, it must be set again."
+    self.judged_by = self._drawn().n, self.siblings.seed
+    return Detector.threshold(self, id_scores, keep)
+
+def _rejects(self: TrustIntervalDetector, scores: Tensor) -> Tensor: # scores [B] from `predict` → bool [B]
+    "Which scores lie above the threshold. One that was set for other siblings raises `NiooddError`."
+    _fresh(self)
+    return Detector.rejects(self, scores)
+
+def _save(self: TrustIntervalDetector, folder: str | os.PathLike) -> Path:
+    "As of any detector; with a threshold that was set for other siblings raises `NiooddError`."
+    _fresh(self)
+    return Detector.save(self, folder)
+
+TrustIntervalDetector.threshold, TrustIntervalDetector.rejects, TrustIntervalDetector.save = _threshold, _rejects, _save
 
 # %% ../nbs/15_trust.ipynb #af55fd02
 def _verdict(self: TrustIntervalDetector, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
