@@ -279,7 +279,7 @@ def check_rows(todo: Iterable[Cell], out: str | os.PathLike, models: str | os.Pa
     for network, seed in dict.fromkeys((c.network, c.seed) for c in todo):
         path, folder = _file(Path(out), network, seed), Path(models) / f"{network}-seed{seed}"
         if not (rows := read_rows(path)): continue
-        if (folder / "model.safetensors").is_file() and (stale := {r["weights"] for r in rows} - {now := network_fingerprint(load_classifier(folder)[0])}):
+        if (folder / "model.safetensors").is_file() and (stale := {r["weights"] for r in rows if "weights" in r} - {now := network_fingerprint(load_classifier(folder)[0])}):
             raise NiooddError(f"{path} has rows of other weights ({', '.join(sorted(stale))}; these are {now}); give another --out, or delete the file")
         if images is not None and (other := {r["at_most"] for r in rows if "at_most" in r} - {images}):
             raise NiooddError(f"{path} has rows judged on at most {max(other)} images of each set, not {images}; give the same --images, another --out, or delete the file")
@@ -301,6 +301,7 @@ def _open(network: str, seed: int, seeds: list[int], out: Path, work, models, ro
     at = seeds.index(seed)
     partner = [] if len(seeds) == 2 and at else (seeds[at + 1:] + seeds[:at])[:1]
     study = Study(folder(seed), work, root, images, others=tuple(map(folder, partner)), progress=progress)
+    check_rows([Cell(network, seed, "", "")], out, models) # Again: the network may have been trained just now
     write_atomic(Path(out) / f"{network}-seed{seed}.model.json", (study.folder / "model.json").read_text(encoding="utf-8"))
     return study
 

@@ -100,6 +100,8 @@ def test_a_missing_network_is_trained(tmp_path, monkeypatch):
     assert "to be trained first: C1-seed3" in plan(some(("energy",), seeds=(3,)), tmp_path / "out", tmp_path / "models")
     run_cells(some(("energy",), seeds=(3,)), tmp_path / "out", tmp_path / "work", tmp_path / "models", images=100, progress=False)
     assert load_classifier(tmp_path / "models/C1-seed3")[1]["seed"] == 3
+    add_rows(tmp_path / "other", [row("msp", 3, "letters", 0.5) | dict(weights="of another training")])
+    with pytest.raises(NiooddError, match="other weights"): run_cells(some(("energy",), seeds=(3,)), tmp_path / "other", tmp_path / "work", tmp_path / "anew", images=100, progress=False)
 
 
 def test_ensemble_takes_the_next_seed_and_needs_one(go, tmp_path):
