@@ -97,6 +97,27 @@ def test_exact(name, only):
     assert difference(z, one_by_one(s, x)) <= 1e-6
     assert difference(z[1], z[0]) > 1e-3
     assert difference(s.logits(x[[7, 3]]), z[:, [7, 3]]) <= 1e-6                     # the image alone
+    for _ in range(2): assert difference(s.logits(x[5:6]), z[:, 5:6]) <= 4e-6       # one image: both ways, then side by side
+    assert isinstance(s._kept.stacked.side_by_side, nn.Module) == (name not in ("dense", "functional") or only not in ("", "weight"))
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("image", ["as it is", "zeros", "nan", "bigger numbers"])
+def test_one_image_through_a_large_linear_layer(dtype, image):
+    "Weights that meet a zero are not read."
+    net = nn.Sequential(nn.Flatten(), nn.Linear(18, 1028), nn.ReLU(), nn.Linear(1028, 600, bias=False), nn.ReLU(), nn.Linear(600, 3)).to(dtype)
+    s, x = Siblings(net, sigma_of(net), n=3), torch.randn(2, 2, 3, 3, dtype=dtype)
+    z = s.logits(x), s.logits(x[:1])
+    assert s._kept.stacked.side_by_side.get_submodule("_3").large
+    one = {"as it is": x[1:], "zeros": 0 * x[1:], "nan": x[1:] / 0 * 0, "bigger numbers": 1e6 * x[1:]}[image]
+    found, plain = s.logits(one), one_by_one(s, one)
+    assert found.shape == (3, 1, 3) and found.dtype == dtype
+    assert found.isnan().all() if image == "nan" else difference(found, plain) < (2e-6 if dtype == torch.float32 else 1e-14)
+
+def test_large_convolutions_stay_apart():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2800, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2800, 3))
+    s = Siblings(net, sigma_of(net), n=2)
+    for _ in range(2): s.logits(torch.randn(1, 3, 6, 6))
+    assert s._kept.stacked.side_by_side is None and s.why_plain is None
 
 @pytest.mark.parametrize("noisy", ["0.weight", "1.bias", "5.weight"])
 def test_exact_where_few_are_noisy(noisy):
