@@ -56,7 +56,7 @@ def load_problem(
         train, test = train[~fifth], train[fifth]
     if config.train_images: train = train[slice(config.train_images)]
     if config.validation_images >= len(train):
-        raise NiooddError(f"validation_images is {config.validation_images}, but {train.name} has {len(train)} training images; hold out fewer: --set validation_images=N")
+        raise NiooddError(f"validation_images is {config.validation_images}, but {train.name} has {len(train)} training images; expected fewer than that; lower the option validation_images")
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)) if config.validation_images else torch.arange(len(train))
     held_out = train[order[:config.validation_images]] if config.validation_images else None
     train = train[order[config.validation_images:]]

@@ -11,7 +11,8 @@ import copy
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from threading import RLock
 from typing import NamedTuple
 
@@ -58,7 +59,10 @@ def call_with(
     names = {id(p): name for name, p in model.named_parameters()}
     full = {name: p.detach() for name, p in model.named_parameters()} | weights
     places = {f"{path}.{name}" if path else name: full[names[id(p)]] for path, m in model.named_modules() for name, p in m.named_parameters(recurse=False, remove_duplicate=False)}
-    return functional_call(model, places, (x.clone(),), tie_weights=False) # Some networks write to their input
+    by_hook = [(m, k, v) for m in model.modules() if m._forward_pre_hooks for k, v in vars(m).items() if isinstance(v, Tensor)] # Weight norm of the old kind, pruning
+    try: return functional_call(model, places, (x.clone(),), tie_weights=False) # Some networks write to their input
+    finally:
+        for m, k, v in by_hook: setattr(m, k, v)
 
 # %% ../nbs/14_siblings.ipynb #74b61f9b
 _one_at_a_time = RLock() # The weights are the network's own while it runs with them
@@ -335,7 +339,7 @@ class _Kept:
         self.model, self.weights, self.watch, self.stacked, self.why_plain = model, weights, Watch(model), None, None
         try: self.stacked = Stacked(model, weights)
         except Exception as e: self.why_plain = f"{type(e).__name__}: {e}" # Tracing runs anybody's code on a stand-in, so anything can be raised
-        self.unchecked = self.stacked is not None
+        self.unchecked = True
 
     def logits(self, x: Tensor) -> Tensor: # [B, C, H, W] → [S, B, K]
         if self.unchecked and len(x): self._check(x[:2])
@@ -343,8 +347,12 @@ class _Kept:
 
     def _check(self, x: Tensor) -> None:
         "Compares the last member's logits with those of the plain way; runs all the plain way from now on if they differ."
-        plain = plain_logits(self.model, self.weights[-1:], x)[0]
-        try: same = torch.allclose(self.stacked(x)[-1], plain, rtol=0, atol=1e-4 * plain.nan_to_num().abs().max().item(), equal_nan=True)
+        plain, again = (plain_logits(self.model, self.weights[-1:], x)[0] for _ in range(2))
+        close = lambda z: torch.allclose(z, plain, rtol=0, atol=1e-4 * plain.nan_to_num().abs().max().item(), equal_nan=True)
+        if not close(again): raise NiooddError("the network gives an image other logits each time, in eval mode too; expected one answer; take out of its forward what is random, such as F.dropout without training=self.training")
+        if self.stacked is None: self.unchecked = False
+        if not self.unchecked: return
+        try: same = close(self.stacked(x)[-1])
         except Exception as e: same, self.why_plain = False, f"{type(e).__name__}: {e}" # As above: the operations may have been those of another branch
         else: self.why_plain = None if same else "run together, the siblings gave other logits than one after another"
         if same: self.weights = [] # They are in `stacked`
@@ -368,7 +376,7 @@ class Siblings:
         original: bool = True,
     ):
         if distribution not in DISTRIBUTIONS: raise unknown("distribution", distribution, DISTRIBUTIONS)
-        if n < 1: raise NiooddError(f"n is {n}; expected at least 1 member, and 2 for them to disagree")
+        if not isinstance(n, Integral) or n < 1: raise NiooddError(f"n is {n!r}; expected at least 1 member, and 2 for them to disagree")
         if seed < 0: raise NiooddError(f"seed is {seed}; expected an integer >= 0")
         self.model, self.sigma, self.n, self.seed, self.distribution, self.original = model, _fitting_sigma(model, sigma), n, seed, distribution, original
         self._kept: _Kept | None = None
@@ -421,6 +429,7 @@ def itself(model: nn.Module) -> nn.Module: # `model`
 def _fitting_sigma(model: nn.Module, sigma: dict[str, Tensor]) -> dict[str, Tensor]:
     "Copies of `sigma`'s tensors, if each fits the parameter of its name."
     itself(model)
+    if not isinstance(sigma, Mapping) or not all(isinstance(s, Tensor) for s in sigma.values()): raise NiooddError(f"sigma is {type(sigma).__name__}; expected tensors by parameter name; uniform_sigma(model) makes some, TrustIntervals(model).sigma() after fit others")
     own = {k: p for k, p in model.named_parameters() if p.is_floating_point()}
     if not own: raise NiooddError(f"this {type(model).__name__} has no parameters; expected a network with weights to add noise to")
     if not sigma: raise NiooddError(f"sigma names no parameter; expected some of: {', '.join(list(own)[:4])}, …")

@@ -11,9 +11,10 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,6 +168,7 @@ def why_stop(
 
 # %% ../nbs/15_trust.ipynb #1ddd56d2
 def _check_fit(model: nn.Module, tensors: dict[str, Tensor]) -> None: # Intervals against the parameters of a network
+    if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()): raise NiooddError(f"the intervals are {type(tensors).__name__}; expected TrustIntervals, or tensors by parameter name; uniform_sigma(model) makes some")
     own = {k: list(p.shape) for k, p in model.named_parameters()}
     wrong = [f"{k} is {list(t.shape)} in the intervals, {own[k]} in the network" if k in own else f"{k} {list(t.shape)} is not in the network"
              for k, t in tensors.items() if own.get(k) != list(t.shape)]
@@ -176,8 +178,10 @@ def _check_fit(model: nn.Module, tensors: dict[str, Tensor]) -> None: # Interval
 
 def _inverse_softplus(s: Tensor) -> Tensor: return s + torch.log(-torch.expm1(-s)) # ρ for σ = s
 
-def _at_least(name: str, value: float, least: float, why: str) -> None:
-    if not value >= least: raise NiooddError(f"{name} is {value}; expected at least {least}; {why}")
+def _at_least(name: str, value: float, least: float, why: str, kind: type = Real) -> None:
+    if not isinstance(value, kind) or not value >= least: raise NiooddError(f"{name} is {value!r}; expected {'an integer' if kind is Integral else 'a number'}, at least {least}; {why}")
+
+def _plain(options: dict) -> dict: return {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()} # As JSON can hold it
 
 # %% ../nbs/15_trust.ipynb #269521af
 class TrustIntervals:
@@ -196,7 +200,7 @@ class TrustIntervals:
         if distribution not in DISTRIBUTIONS: raise unknown("distribution", distribution, DISTRIBUTIONS)
         if not 0 < sigma_init <= sigma_max: raise NiooddError(f"sigma_init is {sigma_init} and sigma_max {sigma_max}; expected 0 < sigma_init <= sigma_max; both are shares of a layer's spread")
         self.model, self.distribution = model, distribution
-        self.options = dict(which=which, norm=norm, sigma_init=sigma_init, sigma_max=sigma_max, distribution=distribution)
+        self.options = _plain(dict(which=which, norm=norm, sigma_init=sigma_init, sigma_max=sigma_max, distribution=distribution))
         self.scale = scales(model, which, norm)
         self.rho = {k: _inverse_softplus(s) for k, s in uniform_sigma(model, sigma_init, which, norm).items()}
         self.highest = {k: _inverse_softplus(torch.tensor(sigma_max * s)).item() for k, s in self.scale.items()}
@@ -240,6 +244,9 @@ class TrustIntervals:
 def _lean(trust: TrustIntervals, x: Tensor) -> Fused:
     "The network as it runs while learning."
     if trust.lean is None or trust.watch.changed():
+        own, place = dict(trust.model.named_parameters()), lambda t: f"{str(t.dtype).removeprefix('torch.')} on {t.device}"
+        for k, r in trust.rho.items():
+            if k in own and place(r) != place(own[k]): raise NiooddError(f"{k} is {place(own[k])} now, its interval is {place(r)}; expected the same; make new TrustIntervals of the network as it is")
         images = torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x) * 2 - 1
         with eval_mode(trust.model): trust.lean, trust.watch, trust.parts = fused(trust.model, trust.rho, images), Watch(trust.model), {}
     return trust.lean
@@ -296,7 +303,7 @@ def learning_step(
 ) -> dict[str, float]: # The terms `nll`, `variance` (ΣVar) and `regulariser` (R), unweighted, and `loss`
     "One step on ρ down the gradient of (5). A term that is not finite raises `NiooddError`, and ρ stays as it was."
     if regulariser not in REGULARISERS: raise unknown("regulariser", regulariser, REGULARISERS)
-    _at_least("draws", draws, 2, "the variance over the siblings needs two")
+    _at_least("draws", draws, 2, "the variance over the siblings needs two", Integral)
     _at_least("lambda1", lambda1, 0, "a negative weight would reward disagreement on known images")
     _at_least("lambda2", lambda2, 0, "a negative weight would shrink the intervals to nothing")
     _at_least("lr", lr, 0, "a negative one would go up the gradient")
@@ -352,7 +359,8 @@ def check(
 
 # %% ../nbs/15_trust.ipynb #3ea81ea2
 def _first(loader: Iterable, model: nn.Module) -> int: # K; the loader and the network fit together
-    batch = next(iter(loader), None)
+    try: batch = next(iter(loader), None)
+    except TypeError as e: raise NiooddError(f"the loader is {type(loader).__name__} ({e}); expected batches (images, labels); pass a DataLoader") from None
     if batch is None: raise NiooddError("the loader is empty; expected batches (images, labels); check its data set")
     x, _ = labelled(batch, model=model)
     with eval_mode(model), torch.no_grad(): return as_logits(model(x[:1].clone()), 1).shape[1]
@@ -362,6 +370,13 @@ def _cycled(loader: Iterable) -> Iterator:
         batch = None
         for batch in loader: yield batch
         if batch is None: raise NiooddError("the loader gives no batch when it is gone through again; expected one that can be, such as a DataLoader; a generator cannot: make a list of it, or fewer steps")
+
+@torch.enable_grad()
+def _warn_of_idle(trust: TrustIntervals, x: Tensor) -> None:
+    weights = {k: p.detach().clone().requires_grad_() for k, p in trust.model.named_parameters() if k in trust.rho}
+    with eval_mode(trust.model): z = call_with(trust.model, weights, x)
+    idle = [k for k, g in zip(weights, torch.autograd.grad(z.sum(), weights.values(), allow_unused=True)) if g is None] if z.requires_grad else []
+    if idle: warnings.warn(f"the network's answers do not depend on {', '.join(idle[:4])}{f' and {len(idle) - 4} more' if len(idle) > 4 else ''}; their intervals only grow, and count in the strength; take these layers out of the network", stacklevel=4)
 
 def _warn(row: dict, options: dict) -> None:
     if (lost := row["original_accuracy"] - row["sibling_accuracy"]) > ACCURACY_TO_LOSE:
@@ -413,16 +428,17 @@ def learn(
     if steps is None:
         with suppress(TypeError): todo = len(loader) # Some have the method, but no length
     if todo is None: raise NiooddError("the loader has no length; expected steps=...; say how many steps to make")
-    _at_least("steps", todo, 1, "leave it out for one pass over the loader, which must not be empty")
-    for name, value in dict(check_every=check_every, patience=patience).items(): _at_least(name, value, 1, "see why_stop")
+    _at_least("steps", todo, 1, "leave it out for one pass over the loader, which must not be empty", Integral)
+    for name, value in dict(check_every=check_every, patience=patience).items(): _at_least(name, value, 1, "see why_stop", Integral)
     device, terms, stopped = next(iter(trust.rho.values())).device, [], None
-    begun = dict(trust.options, steps=todo, check_every=check_every, patience=patience, rise=rise, seed=seed, **options)
+    begun = _plain(dict(trust.options, steps=todo, check_every=check_every, patience=patience, rise=rise, seed=seed, **options))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         n_outputs = _first(loader, trust.model)
         if trust.options["which"] == "head" and (wrong := [k for k, r in trust.rho.items() if len(r) != n_outputs]):
             raise NiooddError(f"which='head' found {wrong[0]}, but the network has {n_outputs} outputs; expected its output layer to be the layer defined last; choose which='all', or define it last")
         watched = _held_out(held_out, loader, 1000, n_outputs, trust.model)
+        _warn_of_idle(trust, watched[0][0][:2])
         batches = _cycled(loader)
         rows, saved = _kept(trust, checkpoint, begun, watched, patience + 1) # `saved`: ρ at the last checks
         done = rows[-1]["step"] if rows else 0
@@ -461,13 +477,13 @@ class TrustIntervalDetector(Detector):
         n_known: int | None = None, # Outputs that stand for known classes, the first ones; None: all. One less than K with a garbage class
     ):
         super().__init__(model, threshold)
-        _at_least("n", n, 2, "agreement is between siblings")
+        _at_least("n", n, 2, "agreement is between siblings", Integral)
         self.classes, self.n_known = list(classes) if classes is not None else None, n_known
         self.distribution = distribution or getattr(sigma, "distribution", "gaussian")
         self.measure, self.n, self.seed, self._score = measure, n, seed, measure_named(measure)
         self.siblings: Siblings | None = None
         self.judged_by = n, seed # Of the siblings that the threshold is of
-        if n_known is not None: _at_least("n_known", n_known, 1, "it is the number of known classes")
+        if n_known is not None: _at_least("n_known", n_known, 1, "it is the number of known classes", Integral)
         if classes is not None and n_known not in (None, len(classes)): raise NiooddError(f"{len(classes)} class names for n_known={n_known}; expected one for each known class")
         if sigma is not None: self.restore(sigma.sigma() if isinstance(sigma, TrustIntervals) else sigma)
 

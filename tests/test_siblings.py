@@ -403,3 +403,32 @@ def test_numbers_of_ones_own_modules_are_noticed():
     s.logits(x)
     model.temperature = 5.0
     assert difference(s.logits(x), one_by_one(s, x)) < 2e-6
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_networks_that_are_random_in_eval_mode_are_refused(traceable):
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(432, 5)
+        def forward(self, x): return self.head(F.dropout(x, 0.5).flatten(1) if traceable or x.sum() < 1e9 else x)
+    s = Siblings(model := Random().eval(), sigma_of(model), 2)
+    for _ in range(2):
+        with pytest.raises(NiooddError, match="other logits each time"): s.logits(torch.randn(4, 3, 12, 12))
+
+
+def test_a_weight_that_a_hook_computes_is_the_networks_own_afterwards():
+    "The attribute, between two forward passes."
+    from torch.nn.utils import prune
+    layer = nn.Linear(432, 5)
+    prune.l1_unstructured(layer, "weight", amount=0.3)
+    net = nn.Sequential(nn.Flatten(), layer).eval()
+    before, x = layer.weight, torch.randn(3, 3, 12, 12)
+    s = Siblings(net, sigma_of(net), 2)
+    z = s.logits(x)
+    assert layer.weight is before and "hooks" in s.why_plain and torch.equal(z[0], net(x)) and difference(z[1], z[0]) > 1e-3
+
+
+@pytest.mark.parametrize("sigma", [None, 3, {"1.weight": 0.1}])
+def test_sigma_that_is_none(sigma):
+    with pytest.raises(NiooddError, match="expected tensors by parameter name"): Siblings(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), sigma)

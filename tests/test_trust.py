@@ -590,3 +590,43 @@ def test_which_finds_layers_with_weight_norm_and_heads_without_bias():
 def test_networks_whose_weights_cannot_be_replaced(network, wrapped, says):
     for make in (TrustIntervals, lambda n: Siblings(n, {"head.weight": torch.zeros(4, 128)})):
         with pytest.raises(NiooddError, match=says): make(wrapped(network))
+
+
+@pytest.mark.parametrize("wrong, says", [(dict(steps=2.5), "steps is 2.5; expected an integer"), (dict(steps="3"), "steps is '3'"), (dict(draws=2.5), "draws is 2.5"), (dict(lambda2=None), "lambda2 is None; expected a number"),
+                                         (dict(check_every=1.5), "check_every is 1.5"), (dict(lr=float("nan")), "lr is nan")])
+def test_options_of_the_wrong_kind(network, wrong, says):
+    with pytest.raises(NiooddError, match=says) as e: TrustIntervals(network).fit([(images(20), torch.arange(20) % 4)], **dict(steps=1) | wrong, progress=False)
+    assert "\n" not in str(e.value)
+
+
+def test_what_is_no_loader_and_what_are_no_intervals(network):
+    for loader in (None, 3):
+        with pytest.raises(NiooddError, match="pass a DataLoader"): TrustIntervals(network).fit(loader, steps=1, progress=False)
+    for sigma in (3, {"head.weight": 0.1}):
+        with pytest.raises(NiooddError, match="expected TrustIntervals, or tensors by parameter name"): TrustIntervalDetector(network, sigma)
+    with pytest.raises(NiooddError, match="n is 2.5"): TrustIntervalDetector(network, TrustIntervals(network), n=2.5)
+
+
+def test_a_network_that_was_converted_since(network):
+    trust = TrustIntervals(network)
+    network.double()
+    with pytest.raises(NiooddError, match="float64 on cpu now, its interval is float32 on cpu"): trust.fit([(images(20), torch.arange(20) % 4)], steps=1, progress=False)
+
+
+def test_numbers_from_numpy_are_kept_like_others(network, tmp_path):
+    import numpy as np
+    batches, options = [(images(20), torch.arange(20) % 4)], dict(steps=np.int64(2), lambda2=np.float32(0.5), seed=np.int64(1), progress=False, checkpoint=tmp_path / "learning.safetensors")
+    trust = TrustIntervals(network, sigma_init=np.float32(0.25))
+    rows = trust.fit(batches, **options)
+    again = TrustIntervals.load(trust.save(tmp_path / "trust.safetensors"), network)
+    assert again.options == trust.options and TrustIntervals(network, sigma_init=0.25).fit(batches, **options) == rows
+
+
+def test_layers_that_the_answer_does_not_depend_on_are_named():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.other = nn.Linear(64, 4), nn.Linear(64, 4)
+        def forward(self, x): return self.head(x.flatten(1)) + (self.other(x.flatten(1)) if self.training else 0)
+    with pytest.warns(UserWarning, match="do not depend on other.weight, other.bias; their intervals only grow"):
+        TrustIntervals(Auxiliary()).fit([(images(20), torch.arange(20) % 4)], steps=1, progress=False)
