@@ -307,28 +307,29 @@ def fused(
 class Watch:
     "Notices that a tensor or a module of `model` was changed or replaced, or a hook added or removed, since this was made."
     def __init__(self, model: nn.Module):
-        self.model = model
-        self.marks = self._marks() # They hold the modules, so that no other can come to lie where one was
+        modules = list(model.modules())
+        self.tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks)]
+        self.own = [vars(m) for m in modules if not type(m).__module__.startswith("torch.nn.")] # Somebody's own: its numbers, and tensors that are no buffers
+        self.held = [model, *self._entries()] # So that no other can come to lie where one was
+        self.ids, self.tensors = list(map(id, self.held[1:])), [t for t in self.held if isinstance(t, Tensor)]
+        self.marks = self._marks()
         dense = [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.layout == torch.strided and t.untyped_storage().nbytes() >= t.nbytes]
         self.some = [t.as_strided((min(t.numel(), 16),), (max(t.numel() // 16, 1),)) for t in dense]
         self.values = self._values()
 
     def _values(self) -> Tensor: return torch.cat(self.some).view(torch.uint8) if self.some else torch.empty(0) # As bytes: NaN is NaN
 
+    def _entries(self) -> list: return [v for table in self.tables for v in table.values()]
+
     def _marks(self) -> list:
-        found, todo = [], [self.model]
-        while todo:
-            m = todo.pop()
-            found += [m, *m._forward_hooks, *m._forward_pre_hooks]
-            found += [(_place(t), t.device, None if t.is_inference() else t._version) for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-            if not type(m).__module__.startswith("torch.nn."): # Somebody's own: its numbers, and tensors that are no buffers
-                for k, v in vars(m).items():
-                    if isinstance(v, Tensor): found.append((_place(v), v._version))
-                    elif isinstance(v, (int, float, str)) and k != "training": found.append((k, v))
-            todo += [child for child in m._modules.values() if child is not None]
+        found = [(_place(t), t.device, None if t.is_inference() else t._version) for t in self.tensors]
+        for table in self.own:
+            for k, v in table.items():
+                if isinstance(v, Tensor): found.append((_place(v), v._version))
+                elif isinstance(v, (int, float, str)) and k != "training": found.append((k, v))
         return found
 
-    def changed(self) -> bool: return self._marks() != self.marks or not torch.equal(self._values(), self.values)
+    def changed(self) -> bool: return list(map(id, self._entries())) != self.ids or self._marks() != self.marks or not torch.equal(self._values(), self.values)
 
 def _place(t: Tensor) -> int: return t.data_ptr() if t.layout == torch.strided else id(t)
 

@@ -106,7 +106,7 @@ def test_one_image_through_a_large_linear_layer(dtype, image):
     "Weights that meet a zero are not read."
     net = nn.Sequential(nn.Flatten(), nn.Linear(18, 1028), nn.ReLU(), nn.Linear(1028, 600, bias=False), nn.ReLU(), nn.Linear(600, 3)).to(dtype)
     s, x = Siblings(net, sigma_of(net), n=3), torch.randn(2, 2, 3, 3, dtype=dtype)
-    z = s.logits(x), s.logits(x[:1])
+    for images in (x, x[:1]): s.logits(images)
     assert s._kept.stacked.side_by_side.get_submodule("_3").large
     one = {"as it is": x[1:], "zeros": 0 * x[1:], "nan": x[1:] / 0 * 0, "bigger numbers": 1e6 * x[1:]}[image]
     found, plain = s.logits(one), one_by_one(s, one)
