@@ -176,14 +176,15 @@ def _suitable(model: nn.Module, run: Callable[[Tensor], object], image: Tensor) 
 def in_batches(
     model: nn.Module,
     images: Tensor, # [N, C, H, W], uint8 or float32 as the network takes them
-    batch_size: int | None = None, # None: 500 on a GPU; on a CPU as many as make `AT_ONCE`, from 16 to 500
+    batch_size: int | None = None, # None: 500 on a GPU; on a CPU about as many as make `AT_ONCE`, from 16 to 500
     run: Callable[[Tensor], object] | None = None, # How the network is run; None: it is called
 ) -> tuple[Tensor, ...]: # Parts of `images`, in order
     "`images` in parts that suit the network and its device."
     if batch_size is None and len(images) > 16 and next((t.device.type for t in chain(model.parameters(), model.buffers())), "cpu") == "cpu":
         known = _found.setdefault(model, {})
         if images.shape[1:] not in known: known[images.shape[1:]] = _suitable(model, run or model, network_input(model, images[:1]))
-        batch_size = known[images.shape[1:]]
+        parts = max(1, round(len(images) / known[images.shape[1:]]))
+        batch_size = -(-len(images) // parts) # Of one size, so that there is none of a few images
     return images.split(batch_size or 500)
 
 # %% ../nbs/04_train.ipynb #27c25075

@@ -294,7 +294,7 @@ def test_parts_do_not_depend_on_what_was_asked_before():
     net = nn.Sequential(nn.Conv2d(1, 512, 1), nn.BatchNorm2d(512), nn.Flatten(), nn.Linear(512 * 64, 4)).train() # 131 kB of an image
     calls = []
     for n in (10, 40, 300, 300): calls.append([len(p) for p in in_batches(net, torch.zeros(n, 1, 8, 8))])
-    assert calls == [[10], [40], [122, 122, 56], [122, 122, 56]]
+    assert calls == [[10], [40], [150, 150], [150, 150]]                            # 122 suit it: rather two of 150 than a third of 56
     assert net.training and net[1].num_batches_tracked == 0
     with pytest.raises(RuntimeError): in_batches(net, torch.zeros(40, 3, 8, 8))
     assert not [m for m in net.modules() if m._forward_hooks]
