@@ -206,6 +206,8 @@ def _side_by_side(g: _Graph, varying: dict[fx.Node, None], shared: list[fx.Node]
             copies[n], rows[n] = new.call_module(n.name, (copies[given[0]],)), kind is nn.Linear
         elif own and not flat and ((kind is nn.Flatten and (m.start_dim, m.end_dim) == (1, -1)) or (kind in (torch.flatten, "flatten") and n.args[1:] == (1,) and not n.kwargs)):
             copies[n], rows[n] = new.call_method("reshape", (copies[given[0]], len(members), -1)), True
+        elif own and not flat and kind in (torch.mean, "mean") and n.args[1:] in (((2, 3),), ([2, 3],), ((-2, -1),), ([-2, -1],)) and not n.kwargs:
+            copies[n], rows[n] = new.call_method("reshape", (new.node_copy(n, lambda a: copies[a]), len(members), -1)), True
         elif own and ((not flat and (g.is_pool(n) or kind in _PER_CHANNEL)) or g.is_activation(n) or kind in _PER_NUMBER
                       or (kind in (operator.add, operator.iadd, torch.add) and len(n.args) == len(given) == 2 and len({rows[a] for a in given}) == 1)):
             if m is not None: layers[n.target] = m

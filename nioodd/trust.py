@@ -376,7 +376,7 @@ def _warn_of_idle(trust: TrustIntervals, x: Tensor) -> None:
     weights = {k: p.detach().clone().requires_grad_() for k, p in trust.model.named_parameters() if k in trust.rho}
     with eval_mode(trust.model): z = call_with(trust.model, weights, x)
     idle = [k for k, g in zip(weights, torch.autograd.grad(z.sum(), weights.values(), allow_unused=True)) if g is None] if z.requires_grad else []
-    if idle: warnings.warn(f"the network's answers do not depend on {', '.join(idle[:4])}{f' and {len(idle) - 4} more' if len(idle) > 4 else ''}; their intervals only grow, and count in the strength; take these layers out of the network", stacklevel=4)
+    if idle: warnings.warn(f"the network's answers do not depend on {', '.join(idle[:4])}{f' and {len(idle) - 4} more' if len(idle) > 4 else ''}; their intervals only grow, and count in the strength; take these layers out of the network", stacklevel=5)
 
 def _warn(row: dict, options: dict) -> None:
     if (lost := row["original_accuracy"] - row["sibling_accuracy"]) > ACCURACY_TO_LOSE:
