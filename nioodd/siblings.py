@@ -190,7 +190,7 @@ def _convs(layers: list[nn.Conv2d], shared: bool) -> nn.Conv2d:
 # %% ../nbs/14_siblings.ipynb #9dd13bb5
 LARGE = 100_000 # Numbers in a convolution, on average over a network, from which on its siblings are faster one after another
 _PER_CHANNEL = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
-_PER_NUMBER = (nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, F.leaky_relu, F.gelu, F.silu, F.elu, torch.sigmoid, torch.tanh)
+_PER_NUMBER = (nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, F.leaky_relu, F.gelu, F.silu, F.elu, torch.sigmoid, torch.tanh)
 
 def _side_by_side(g: _Graph, varying: dict[fx.Node, None], shared: list[fx.Node], members: list[nn.Module]) -> fx.GraphModule: # `shared` of one image → [S, K]
     "What varies, of all siblings at once. Raises `NotImplementedError` for an operation that is not known to allow it, and for large convolutions."
@@ -209,7 +209,7 @@ def _side_by_side(g: _Graph, varying: dict[fx.Node, None], shared: list[fx.Node]
         elif own and not flat and kind in (torch.mean, "mean") and n.args[1:] in (((2, 3),), ([2, 3],), ((-2, -1),), ([-2, -1],)) and not n.kwargs:
             copies[n], rows[n] = new.call_method("reshape", (new.node_copy(n, lambda a: copies[a]), len(members), -1)), True
         elif own and ((not flat and (g.is_pool(n) or kind in _PER_CHANNEL)) or g.is_activation(n) or kind in _PER_NUMBER
-                      or (kind in (operator.add, operator.iadd, torch.add) and len(n.args) == len(given) == 2 and len({rows[a] for a in given}) == 1)):
+                      or (kind in (operator.add, operator.iadd, torch.add, operator.mul, torch.mul) and len(n.args) == len(given) == 2 and len({rows[a] for a in given}) == 1)):
             if m is not None: layers[n.target] = m
             copies[n], rows[n] = new.node_copy(n, lambda a: copies[a]), flat
         else: raise NotImplementedError(str(n))

@@ -65,6 +65,15 @@ class Dense(nn.Module):
         self.new = nn.Sequential(nn.BatchNorm2d(c), nn.ReLU(), nn.Conv2d(c, 4, 3, padding=1))
     def forward(self, x): return torch.cat([x, self.new(x)], 1)
 
+class Squeeze(nn.Module):
+    "Squeeze and excitation, by products; depthwise convolutions."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.depth, self.gate, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+    def forward(self, x):
+        x = F.silu(self.depth(self.conv(x)))
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(x * torch.sigmoid(self.gate(F.adaptive_avg_pool2d(x, 1))), 1), 1))
+
 class Mean(nn.Module):
     def __init__(self):
         super().__init__()
@@ -85,6 +94,7 @@ NETWORKS = { # name → network on images [3, 12, 12] or, with "grey", [1, 12, 1
     "dense": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, padding=2, dilation=2), Dense(8), Dense(12), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(16, 5)),
     "functional": Functional,
     "mean": Mean,
+    "squeeze": Squeeze,
     "tied": tied,
     "grey": lambda: nn.Sequential(nn.Conv2d(1, 6, 5, padding=2), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 8, 3), nn.ReLU6(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32, 5)),
     "grey, stride": lambda: nn.Sequential(nn.Conv2d(1, 6, (3, 5), stride=(2, 1), padding=(1, 0), bias=False), nn.Conv2d(6, 4, 3), nn.Flatten(), nn.Linear(96, 5)),
