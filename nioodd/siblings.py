@@ -366,7 +366,7 @@ class _Kept:
 class Siblings:
     """Networks drawn around `model`: member i has the weights w + σ ⊙ ε, ε from `noise` (paper 2, §3.1); member 0 is `model` itself if `original`.
 
-    They are drawn at the first use and kept, S times the noisy parameters; `model` is not modified, and when it changes, they are drawn anew around it.
+    They are drawn at the first use and kept, S times the noisy parameters, and on a CPU once more when single images come; `model` is not modified, and when it changes, they are drawn anew around it.
     Several threads may ask; but while the first draws, none of them may run any network, for `torch.fx` looks at all that run.
     Raises `NiooddError` for a σ that does not fit the network, an unknown distribution, n < 1, or a seed < 0.
     """
