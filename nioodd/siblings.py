@@ -210,8 +210,8 @@ def _side_by_side(g: _Graph, varying: dict[fx.Node, None], shared: list[fx.Node]
             copies[n], rows[n] = new.call_method("reshape", (new.node_copy(n, lambda a: copies[a]), len(members), -1)), True
         elif own and ((not flat and (g.is_pool(n) or kind in _PER_CHANNEL)) or g.is_activation(n) or kind in _PER_NUMBER
                       or (kind in (operator.add, operator.iadd, torch.add, operator.mul, torch.mul) and len(n.args) == len(given) == 2 and len({rows[a] for a in given}) == 1)):
-            if m is not None: layers[n.target] = m
             copies[n], rows[n] = new.node_copy(n, lambda a: copies[a]), flat
+            if m is not None: layers[n.name], copies[n].target = m, n.name
         else: raise NotImplementedError(str(n))
     convs = [layer.weight.numel() / len(members) for layer in layers.values() if isinstance(layer, nn.Conv2d)]
     if convs and sum(convs) / len(convs) > _LARGE: raise NotImplementedError
@@ -252,7 +252,8 @@ class Stacked:
         if (way := self.side_by_side) is None: return self._logits(x)
         if isinstance(way, nn.Module): return way(*self._shared(x))[:, None]
         z = self._logits(x) # Of the first image: are they the same?
-        try: same = torch.allclose((network := way())(*self._shared(x))[:, None], z, rtol=0, atol=1e-4 * z.nan_to_num().abs().max().item(), equal_nan=True)
+        if not z.isfinite().all(): return z # The next will tell
+        try: same = torch.allclose((network := way())(*self._shared(x))[:, None], z, rtol=0, atol=1e-4 * z.abs().max().item())
         except Exception: same = False # Such as NotImplementedError; but shapes can be anything
         self.side_by_side = network if same else None
         return z
@@ -312,8 +313,8 @@ class Watch:
         modules = list(model.modules())
         self.tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks)]
         self.own = [vars(m) for m in modules if not type(m).__module__.startswith("torch.nn.")] # Somebody's own: its numbers, and tensors that are no buffers
-        self.held = [model, *self._entries()] # So that no other can come to lie where one was
-        self.ids, self.tensors = list(map(id, self.held[1:])), [t for t in self.held if isinstance(t, Tensor)]
+        self.held = self._entries() # So that no other can come to lie where one was
+        self.ids, self.tensors = list(map(id, self.held)), [t for t in self.held if isinstance(t, Tensor)]
         self.marks = self._marks()
         dense = [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.layout == torch.strided and t.untyped_storage().nbytes() >= t.nbytes]
         self.some = [t.as_strided((min(t.numel(), 16),), (max(t.numel() // 16, 1),)) for t in dense]
@@ -349,17 +350,16 @@ class _Kept:
         return plain_logits(self.model, self.weights, x) if self.stacked is None else self.stacked(x)
 
     def _check(self, x: Tensor) -> None:
-        "Compares the last member's logits with those of the plain way; runs all the plain way from now on if they differ."
+        "Compares the last member's logits with those of the plain way; runs all the plain way from now on if they differ. Refuses a network that is random."
         plain, again = (plain_logits(self.model, self.weights[-1:], x)[0] for _ in range(2))
         close = lambda z: torch.allclose(z, plain, rtol=0, atol=1e-4 * plain.nan_to_num().abs().max().item(), equal_nan=True)
         if not close(again): raise NiooddError("the network gives an image other logits each time, in eval mode too; expected one answer; take out of its forward what is random, such as F.dropout without training=self.training")
-        if self.stacked is None: self.unchecked = False
-        if not self.unchecked: return
-        try: same = close(self.stacked(x)[-1])
-        except Exception as e: same, self.why_plain = False, f"{type(e).__name__}: {e}" # As above: the operations may have been those of another branch
-        else: self.why_plain = None if same else "run together, the siblings gave other logits than one after another"
-        if same: self.weights = [] # They are in `stacked`
-        else: self.stacked = None
+        if self.stacked is not None:
+            try: same = close(self.stacked(x)[-1])
+            except Exception as e: same, self.why_plain = False, f"{type(e).__name__}: {e}" # As above: the operations may have been those of another branch
+            else: self.why_plain = None if same else "run together, the siblings gave other logits than one after another"
+            if same: self.weights = [] # They are in `stacked`
+            else: self.stacked = None
         self.unchecked = False
 
 # %% ../nbs/14_siblings.ipynb #b02200df

@@ -205,7 +205,7 @@ class TrustIntervals:
         self.rho = {k: _inverse_softplus(s) for k, s in uniform_sigma(model, sigma_init, which, norm).items()}
         self.highest = {k: _inverse_softplus(torch.tensor(sigma_max * s)).item() for k, s in self.scale.items()}
         self.lean, self.watch, self.parts = None, None, {} # What runs while learning, see `_lean` and `_part`
-        torch.empty(32_000_000, dtype=torch.uint8, device="cpu"), torch.log1p(torch.full((64,), -0.)) # So that a step is fast, see `learning_step`
+        torch.empty(32_000_000, dtype=torch.uint8, device="cpu"), torch.log1p(torch.full((64,), -0., device="cpu")) # So that a step is fast, see `learning_step`
         self.optimiser = torch.optim.RMSprop(self.rho.values(), 0.01, eps=1e-16)
 
     def sigma(self) -> dict[str, Tensor]:
@@ -359,8 +359,9 @@ def check(
 
 # %% ../nbs/15_trust.ipynb #3ea81ea2
 def _first(loader: Iterable, model: nn.Module) -> int: # K; the loader and the network fit together
-    try: batch = next(iter(loader), None)
+    try: batches = iter(loader)
     except TypeError as e: raise NiooddError(f"the loader is {type(loader).__name__} ({e}); expected batches (images, labels); pass a DataLoader") from None
+    batch = next(batches, None)
     if batch is None: raise NiooddError("the loader is empty; expected batches (images, labels); check its data set")
     x, _ = labelled(batch, model=model)
     with eval_mode(model), torch.no_grad(): return as_logits(model(x[:1].clone()), 1).shape[1]
@@ -373,7 +374,7 @@ def _cycled(loader: Iterable) -> Iterator:
 
 @torch.enable_grad()
 def _warn_of_idle(trust: TrustIntervals, x: Tensor) -> None:
-    weights = {k: p.detach().clone().requires_grad_() for k, p in trust.model.named_parameters() if k in trust.rho}
+    weights = {k: p.detach().requires_grad_() for k, p in trust.model.named_parameters() if k in trust.rho}
     with eval_mode(trust.model): z = call_with(trust.model, weights, x)
     idle = [k for k, g in zip(weights, torch.autograd.grad(z.sum(), weights.values(), allow_unused=True)) if g is None] if z.requires_grad else []
     if idle: warnings.warn(f"the network's answers do not depend on {', '.join(idle[:4])}{f' and {len(idle) - 4} more' if len(idle) > 4 else ''}; their intervals only grow, and count in the strength; take these layers out of the network", stacklevel=5)

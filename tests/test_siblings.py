@@ -11,7 +11,7 @@ from torch.func import functional_call
 from nioodd.bench_trust import bench_trust, contestants, exactness, images_for, learning_jobs, race
 from nioodd.cli import main
 from nioodd.errors import NiooddError
-from nioodd.models import Classifier
+from nioodd.models import Classifier, architecture
 from nioodd.siblings import DISTRIBUTIONS, Siblings, noise, plain_logits, sibling
 
 
@@ -150,6 +150,25 @@ def test_exact_for_the_papers_networks(name):
     siblings, layout = exactness(name, n=2 if name in ("C2", "C5") else 8)
     assert siblings <= max(1e-6, 2 * layout)
     assert name not in ("C3", "C5") or siblings <= 1e-6
+
+@pytest.mark.parametrize("name, together", [("C1", True), ("C2", False), ("C3", False), ("C4", True)])
+def test_one_image_of_the_papers_networks(name, together):
+    net, x = architecture(name).eval(), images_for(name, 3)
+    s = Siblings(net, sigma_of(net), 2)
+    s.logits(x[:1])
+    assert isinstance(s._kept.stacked.side_by_side, nn.Module) == together
+    assert difference(torch.cat([s.logits(one) for one in x.split(1)], 1), one_by_one(s, x)) <= 1e-5
+
+
+def test_what_does_not_end_in_numbers_decides_nothing():
+    "A first image of NaN cannot tell whether siblings may lie side by side."
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(400, 5))
+    s, x = Siblings(net, sigma_of(net), 2), torch.randn(2, 3, 12, 12)
+    s.logits(x)
+    assert s.logits(x[:1] * float("nan")).isnan().all() and not isinstance(s._kept.stacked.side_by_side, nn.Module)
+    s.logits(x[:1])
+    assert isinstance(s._kept.stacked.side_by_side, nn.Module)
+
 
 def test_what_is_rearranged():
     "Fewer operations: no dropout, no batch norm behind a convolution, activations behind the pooling; nothing noisy in the trunk."

@@ -602,6 +602,8 @@ def test_options_of_the_wrong_kind(network, wrong, says):
 def test_what_is_no_loader_and_what_are_no_intervals(network):
     for loader in (None, 3):
         with pytest.raises(NiooddError, match="pass a DataLoader"): TrustIntervals(network).fit(loader, steps=1, progress=False)
+    def broken(): yield 1 + "1" # Somebody's own mistake is not called a missing loader
+    with pytest.raises(TypeError, match="unsupported operand"): TrustIntervals(network).fit(broken(), steps=1, progress=False)
     for sigma in (3, {"head.weight": 0.1}):
         with pytest.raises(NiooddError, match="expected TrustIntervals, or tensors by parameter name"): TrustIntervalDetector(network, sigma)
     with pytest.raises(NiooddError, match="n is 2.5"): TrustIntervalDetector(network, TrustIntervals(network), n=2.5)
