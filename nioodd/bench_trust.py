@@ -86,7 +86,7 @@ def race(
     "All ways in turn, at each batch size; small batches several times over."
     ways, found = contestants(name, members, device), []
     for batch in batches:
-        x, times = images_for(name, batch, device), -(-16 // batch)
+        x, times = images_for(name, batch, device), -(-64 // batch)
         def job(way): return lambda: [way(x) for _ in range(times)]
         taken = interleaved({k: job(way) for k, way in ways.items()}, rounds, device, limit, progress, clock)
         found.append(Race(name, members, batch, {k: [t / (times * batch) for t in ts] for k, ts in taken.items()}))

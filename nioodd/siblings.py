@@ -11,7 +11,9 @@ import copy
 import math
 import operator
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from itertools import chain
 from numbers import Integral
 from threading import RLock
 from typing import NamedTuple
@@ -166,16 +168,17 @@ class _Linears(nn.Module):
     def __init__(self, layers: list[nn.Linear]):
         super().__init__()
         self.n, self.large = len(layers), layers[0].weight.numel() >= 1 << 19 and layers[0].weight.dtype in (torch.float32, torch.float64)
-        self.weight = torch.cat([layer.weight.detach().t() for layer in layers]) # [S·K, n]
-        self.bias = torch.zeros(()) if layers[0].bias is None else torch.stack([layer.bias.detach() for layer in layers])
+        self.each = torch.stack([layer.weight.detach().t() for layer in layers]) # [S, K, n]
+        self.rows = self.each.flatten(0, 1)
+        self.bias = self.each.new_zeros(1, 1, 1) if layers[0].bias is None else torch.stack([layer.bias.detach() for layer in layers])[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.large or 2 * int(x.count_nonzero()) > x.numel(): return torch.baddbmm(self.bias, x[:, None].expand(self.n, -1, -1), self.each)[:, 0]
         x = x.expand(self.n, -1)
-        if not self.large: return torch.bmm(x[:, None], self.weight.view(self.n, x.shape[1], -1))[:, 0] + self.bias
         parts, numbers = self.n * math.gcd(x.shape[1], 8), x.flatten()
         there, counts = numbers.nonzero()[:, 0], numbers.view(parts, -1).count_nonzero(1)
-        sums = F.embedding_bag(there, self.weight, counts.cumsum(0) - counts, mode="sum", per_sample_weights=numbers.index_select(0, there))
-        return sums.view(self.n, -1, sums.shape[1]).sum(1) + self.bias
+        sums = F.embedding_bag(there, self.rows, counts.cumsum(0) - counts, mode="sum", per_sample_weights=numbers.index_select(0, there))
+        return sums.view(self.n, -1, sums.shape[1]).sum(1) + self.bias[:, 0]
 
 def _convs(layers: list[nn.Conv2d], shared: bool) -> nn.Conv2d:
     "One convolution for those of S siblings: [1, S·C, H, W], or `shared` [1, C, H, W], → [1, S·C', H', W']."
@@ -188,6 +191,13 @@ def _convs(layers: list[nn.Conv2d], shared: bool) -> nn.Conv2d:
     return one
 
 # %% ../nbs/14_siblings.ipynb #9dd13bb5
+def _bare(m: nn.Module) -> Callable[[Tensor], Tensor]:
+    "What `m` computes, in fewer steps of Python."
+    if type(m) is nn.Conv2d and m.padding_mode == "zeros":
+        return partial(torch.conv2d, weight=m.weight, bias=m.bias, stride=m.stride, padding=m.padding, dilation=m.dilation, groups=m.groups)
+    if type(m) is nn.MaxPool2d: return partial(torch.max_pool2d, kernel_size=m.kernel_size, stride=m.stride, padding=m.padding, dilation=m.dilation, ceil_mode=m.ceil_mode)
+    return torch.relu if type(m) is nn.ReLU else m.forward
+
 _LARGE = 100_000 # Numbers in a convolution, on average over a network, from which on its siblings are faster one after another
 _PER_CHANNEL = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
 _PER_NUMBER = (nn.LeakyReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, F.leaky_relu, F.gelu, F.silu, F.elu, torch.sigmoid, torch.tanh)
@@ -215,7 +225,9 @@ def _side_by_side(g: _Graph, varying: dict[fx.Node, None], shared: list[fx.Node]
         else: raise NotImplementedError(str(n))
     convs = [layer.weight.numel() / len(members) for layer in layers.values() if isinstance(layer, nn.Conv2d)]
     if convs and sum(convs) / len(convs) > _LARGE: raise NotImplementedError
-    return fx.GraphModule(layers, new)
+    network = fx.GraphModule(layers, new)
+    vars(network).update({name: _bare(layer) for name, layer in layers.items()}) # Found before the module of that name
+    return network
 
 # %% ../nbs/14_siblings.ipynb #a6248abb
 class Stacked:
@@ -236,13 +248,14 @@ class Stacked:
         self.networks = nn.ModuleList([self.trunk, *self.branches])
         self.side_by_side = lambda: _side_by_side(g, varying, shared, members)
 
-    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor: # x [B, C, H, W] → [S, B, K]
-        "Logits of all siblings."
-        if len(x) == 1 and x.device.type == "cpu": return self._of_one(x)
+        "Logits of all siblings, without gradients."
+        if torch.is_grad_enabled():
+            with torch.no_grad(): return self(x)
+        if len(x) == 1 and x.is_cpu: return self._of_one(x)
         return torch.cat([self._logits(images) for images in in_batches(self.networks, x, run=self._logits)], 1)
 
-    def _shared(self, x: Tensor) -> tuple[Tensor, ...]: return self.trunk(x.clone(memory_format=torch.channels_last) if x.ndim == 4 else x)
+    def _shared(self, x: Tensor) -> tuple[Tensor, ...]: return self.trunk.forward(x.clone(memory_format=torch.channels_last) if x.ndim == 4 else x)
 
     def _logits(self, x: Tensor) -> Tensor:
         shared = self._shared(x)
@@ -250,7 +263,7 @@ class Stacked:
 
     def _of_one(self, x: Tensor) -> Tensor: # [1, C, H, W] → [S, 1, K]
         if (way := self.side_by_side) is None: return self._logits(x)
-        if isinstance(way, nn.Module): return way(*self._shared(x))[:, None]
+        if isinstance(way, nn.Module): return way.forward(*self._shared(x))[:, None]
         z = self._logits(x) # Of the first image: are they the same?
         if not z.isfinite().all(): return z # The next will tell
         try: same = torch.allclose((network := way())(*self._shared(x))[:, None], z, rtol=0, atol=1e-4 * z.abs().max().item())
@@ -314,33 +327,36 @@ class Watch:
         self.tables = [table for m in modules for table in (m._modules, m._parameters, m._buffers, m._forward_hooks, m._forward_pre_hooks)]
         self.own = [vars(m) for m in modules if not type(m).__module__.startswith("torch.nn.")] # Somebody's own: its numbers, and tensors that are no buffers
         self.held = self._entries() # So that no other can come to lie where one was
-        self.ids, self.tensors = list(map(id, self.held)), [t for t in self.held if isinstance(t, Tensor)]
+        self.ids, tensors = list(map(id, self.held)), [t for t in self.held if isinstance(t, Tensor)]
+        self.placed, self.counted = [t for t in tensors if t.layout == torch.strided], [t for t in tensors if not t.is_inference()]
         self.marks = self._marks()
+        self.held += [v for table in self.own for v in table.values() if isinstance(v, Tensor)]
         dense = [t.detach() for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.layout == torch.strided and t.untyped_storage().nbytes() >= t.nbytes]
         self.some = [t.as_strided((min(t.numel(), 16),), (max(t.numel() // 16, 1),)) for t in dense]
         self.values = self._values()
 
     def _values(self) -> Tensor: return torch.cat(self.some).view(torch.uint8) if self.some else torch.empty(0) # As bytes: NaN is NaN
 
-    def _entries(self) -> list: return [v for table in self.tables for v in table.values()]
+    def _entries(self) -> list: return list(chain.from_iterable(map(operator.methodcaller("values"), self.tables)))
 
     def _marks(self) -> list:
-        found = [(_place(t), t.device, None if t.is_inference() else t._version) for t in self.tensors]
+        found = [*map(Tensor.data_ptr, self.placed), *map(_version, self.counted)]
         for table in self.own:
             for k, v in table.items():
-                if isinstance(v, Tensor): found.append((_place(v), v._version))
+                if isinstance(v, Tensor): found += id(v), None if v.is_inference() else v._version, v.data_ptr() if v.layout == torch.strided else None
                 elif isinstance(v, (int, float, str)) and k != "training": found.append((k, v))
         return found
 
     def changed(self) -> bool: return list(map(id, self._entries())) != self.ids or self._marks() != self.marks or not torch.equal(self._values(), self.values)
 
-def _place(t: Tensor) -> int: return t.data_ptr() if t.layout == torch.strided else id(t)
+_version = operator.attrgetter("_version")
 
 # %% ../nbs/14_siblings.ipynb #922dcece
 class _Kept:
     "Siblings drawn around `model` as it is now: together if that can be, else one after another."
     def __init__(self, model: nn.Module, weights: list[dict[str, Tensor]]):
         self.model, self.weights, self.watch, self.stacked, self.why_plain = model, weights, Watch(model), None, None
+        self.device = next(model.parameters()).device
         try: self.stacked = Stacked(model, weights)
         except Exception as e: self.why_plain = f"{type(e).__name__}: {e}" # Tracing runs anybody's code on a stand-in, so anything can be raised
         self.unchecked = True
@@ -407,15 +423,14 @@ class Siblings:
         self.seed, self._kept = seed, None
         return self
 
-    @torch.no_grad()
     def logits(self,
         x: Tensor, # float [B, C, H, W] as the network takes it; moved to its device
     ) -> Tensor: # [S, B, K] on the network's device
         "Logits of all members in eval mode, without gradients. They depend on the image alone, up to rounding."
-        x = x.to(next(self.model.parameters()).device)
         with _one_at_a_time:
             if self._kept is None or self._kept.watch.changed(): self._kept = _Kept(self.model, [self.weights(i) for i in range(self.n)])
-            if (kept := self._kept).unchecked or kept.stacked is None: return kept.logits(x)
+            x = x.to((kept := self._kept).device)
+            if kept.unchecked or kept.stacked is None: return kept.logits(x)
         return kept.stacked(x)
 
     @property

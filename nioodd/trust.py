@@ -103,7 +103,7 @@ class Regulariser(NamedTuple):
     "R = h(mean of f(r)) over the r = σ/scale of all weights."
     f: Callable[[Tensor], Tensor] # r → f(r)
     h: Callable[[Tensor], Tensor] # Mean → R
-    slope: Callable[[Tensor, float], Tensor] # r, R → n ∂R/∂r
+    fall: Callable[[Tensor, float], Tensor] # r, R → −n ∂R/∂r
 
     def __call__(self, parts: Iterable[Tensor]) -> Tensor: # r of each parameter, in any shape → R
         total, n = 0., 0
@@ -111,10 +111,10 @@ class Regulariser(NamedTuple):
         return self.h(total / n)
 
 REGULARISERS = dict(
-    neg_log=Regulariser(torch.log, torch.neg, lambda r, R: -1 / r),
-    inverse=Regulariser(torch.reciprocal, lambda m: m, lambda r, R: -r**-2),
-    inverse_norm=Regulariser(lambda r: r**-2, torch.sqrt, lambda r, R: -r**-3 / R),
-    neg_norm=Regulariser(torch.square, lambda m: -m.sqrt(), lambda r, R: r / R))
+    neg_log=Regulariser(torch.log, torch.neg, lambda r, R: r.reciprocal()),
+    inverse=Regulariser(torch.reciprocal, lambda m: m, lambda r, R: r**-2),
+    inverse_norm=Regulariser(lambda r: r**-2, torch.sqrt, lambda r, R: r**-3 / R),
+    neg_norm=Regulariser(torch.square, lambda m: -m.sqrt(), lambda r, R: r / -R))
 
 # %% ../nbs/15_trust.ipynb #b886e1e9
 @lru_cache(maxsize=2)
@@ -315,13 +315,14 @@ def learning_step(
     plus = lambda w, s, e: torch.addcmul(w, s, e, out=torch.empty_like(w)) # In the memory layout of w, also where its strides do not tell
     siblings = [{k: plus(own[k].detach(), s, e[k]) for k, s in spread.items()} for e in noise]
     data, by_sigma = _data_gradient(trust, lean, siblings, noise, x, y, lambda1)
-    value = R(s / trust.scale[k] for k, s in sigma.items())
+    r_of = {k: s.div_(trust.scale[k]) for k, s in sigma.items()}
+    value = R(r_of.values())
     terms = dict(zip(("nll", "variance", "regulariser", "loss"), torch.stack([*data, value, data[0] + lambda1 * data[1] + lambda2 * value]).tolist()))
     for name, value in terms.items():
         if value - value: raise NiooddError(f"the {name} of the trust intervals became {value}; expected a finite number; lower sigma_init or lr (it is {lr}), or check the images for NaN")
     n = sum(s.numel() for s in sigma.values())
     for (k, r), g in zip(trust.rho.items(), by_sigma):
-        g.add_(R.slope(sigma[k] / trust.scale[k], terms["regulariser"]), alpha=lambda2 / (n * trust.scale[k]))
+        g.sub_(R.fall(r_of[k], terms["regulariser"]), alpha=lambda2 / (n * trust.scale[k]))
         r.grad = torch.ops.aten.softplus_backward(g, r, 1, 20, grad_input=g)
     trust.optimiser.param_groups[0]["lr"] = lr
     trust.optimiser.step()

@@ -119,12 +119,15 @@ def test_exact(name, only):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("image", ["as it is", "zeros", "nan", "bigger numbers"])
-def test_one_image_through_a_large_linear_layer(dtype, image):
-    "Weights that meet a zero are not read."
+@pytest.mark.parametrize("alive", [0.04, 0.96])
+def test_one_image_through_a_large_linear_layer(dtype, image, alive):
+    "Where most meet a zero, weights that do are not read."
     net = nn.Sequential(nn.Flatten(), nn.Linear(18, 1028), nn.ReLU(), nn.Linear(1028, 600, bias=False), nn.ReLU(), nn.Linear(600, 3)).to(dtype)
+    net[1].bias.data += 1 if alive > 0.5 else -1
     s, x = Siblings(net, sigma_of(net), n=3), torch.randn(2, 2, 3, 3, dtype=dtype)
     for images in (x, x[:1]): s.logits(images)
-    assert s._kept.stacked.side_by_side.get_submodule("_3").large
+    assert dict(s._kept.stacked.side_by_side.named_children())["_3"].large
+    assert (net[:3](x).count_nonzero() > net[:3](x).numel() / 2) == (alive > 0.5)
     one = {"as it is": x[1:], "zeros": 0 * x[1:], "nan": x[1:] / 0 * 0, "bigger numbers": 1e6 * x[1:]}[image]
     found, plain = s.logits(one), one_by_one(s, one)
     assert found.shape == (3, 1, 3) and found.dtype == dtype
