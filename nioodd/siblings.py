@@ -162,6 +162,31 @@ def sibling(
         table[id(own[name])] = nn.Parameter(w, requires_grad=False)
     return copy.deepcopy(model, table).eval()
 
+# %% ../nbs/14_siblings.ipynb #fec2efd0
+class _Conv(nn.Conv2d):
+    "A convolution on a CPU, its weights in the order that suits the size of its map, and for one image packed."
+    packed, shape = None, False # What convolves one image of this shape; None: is to be made; False: is not
+
+    def forward(self, x: Tensor) -> Tensor: # Without gradients
+        if x.shape == self.shape and x.dtype == torch.float32: return self.packed(x)
+        if len(x) == 1 and self.shape is not False:
+            self.packed, self.shape = _packed(self, x)
+            return self.forward(x)
+        if self.weight.numel() >= 1 << 20 and max(self.kernel_size) > 1 and self.groups == 1:
+            order = torch.contiguous_format if 2 <= x.shape[-1] <= 5 * self.stride[-1] else torch.channels_last
+            if not self.weight.is_contiguous(memory_format=order): self.weight = nn.Parameter(self.weight.contiguous(memory_format=order), requires_grad=False)
+            x = x.contiguous(memory_format=order)
+        return self._conv_forward(x, self.weight, self.bias)
+
+def _packed(c: nn.Conv2d, x: Tensor) -> tuple[Callable[[Tensor], Tensor] | None, torch.Size | bool]: # As in `_Conv`
+    if c.padding_mode != "zeros" or isinstance(c.padding, str) or x.dtype != torch.float32: return None, False
+    try: # As torch.compile packs weights; not every PyTorch comes with oneDNN
+        weight = torch._C._nn.mkldnn_reorder_conv2d_weight(c.weight.to_mkldnn(), c.padding, c.stride, c.dilation, c.groups, x.shape)
+        convolution, rest = torch.ops.mkldnn._convolution_pointwise.default, (weight, c.bias, c.padding, c.stride, c.dilation, c.groups, "none", [], "")
+        convolution(x, *rest)
+    except (AttributeError, TypeError, RuntimeError): return None, False
+    return lambda x: convolution(x, *rest), x.shape
+
 # %% ../nbs/14_siblings.ipynb #41226bf7
 class _Linears(nn.Module):
     "A linear layer of each of S siblings, for one row each: [S, K], or one row for all [1, K], → [S, n]."
@@ -180,12 +205,12 @@ class _Linears(nn.Module):
         sums = F.embedding_bag(there, self.rows, counts.cumsum(0) - counts, mode="sum", per_sample_weights=numbers.index_select(0, there))
         return sums.view(self.n, -1, sums.shape[1]).sum(1) + self.bias[:, 0]
 
-def _convs(layers: list[nn.Conv2d], shared: bool) -> nn.Conv2d:
+def _convs(layers: list[nn.Conv2d], shared: bool) -> _Conv:
     "One convolution for those of S siblings: [1, S·C, H, W], or `shared` [1, C, H, W], → [1, S·C', H', W']."
     c, n = layers[0], len(layers)
     if shared and c.groups > 1: raise NotImplementedError
     each = 1 if shared else n
-    one = nn.Conv2d(each * c.in_channels, n * c.out_channels, c.kernel_size, c.stride, c.padding, c.dilation, each * c.groups, c.bias is not None, c.padding_mode, device="meta")
+    one = _Conv(each * c.in_channels, n * c.out_channels, c.kernel_size, c.stride, c.padding, c.dilation, each * c.groups, c.bias is not None, c.padding_mode, device="meta")
     one.weight = nn.Parameter(torch.cat([layer.weight.detach() for layer in layers]).contiguous(memory_format=torch.channels_last), requires_grad=False)
     if c.bias is not None: one.bias = nn.Parameter(torch.cat([layer.bias.detach() for layer in layers]), requires_grad=False)
     return one
@@ -193,8 +218,6 @@ def _convs(layers: list[nn.Conv2d], shared: bool) -> nn.Conv2d:
 # %% ../nbs/14_siblings.ipynb #9dd13bb5
 def _bare(m: nn.Module) -> Callable[[Tensor], Tensor]:
     "What `m` computes, in fewer steps of Python."
-    if type(m) is nn.Conv2d and m.padding_mode == "zeros":
-        return partial(torch.conv2d, weight=m.weight, bias=m.bias, stride=m.stride, padding=m.padding, dilation=m.dilation, groups=m.groups)
     if type(m) is nn.MaxPool2d: return partial(torch.max_pool2d, kernel_size=m.kernel_size, stride=m.stride, padding=m.padding, dilation=m.dilation, ceil_mode=m.ceil_mode)
     return torch.relu if type(m) is nn.ReLU else m.forward
 
@@ -241,6 +264,8 @@ class Stacked:
         varying, members = _varying(g, {id(own[name]) for name in weights[0]}, pairs), [sibling(g.model, w) for w in weights]
         for m in members:
             for conv, norm in pairs: _replace(m, conv, fuse_conv_bn_eval(m.get_submodule(conv), m.get_submodule(norm)))
+            for c in m.modules():
+                if type(c) is nn.Conv2d and c.weight.is_cpu: c.__class__ = _Conv
         shared = list(dict.fromkeys(a for n in varying for a in n.all_input_nodes if a not in varying))
         self.trunk = fx.GraphModule(members[0], _part((n for n in g.graph.nodes if n not in varying), [], shared))
         branch = _part(varying, shared)
@@ -269,6 +294,8 @@ class Stacked:
         try: same = torch.allclose((network := way())(*self._shared(x))[:, None], z, rtol=0, atol=1e-4 * z.abs().max().item())
         except Exception: same = False # Such as NotImplementedError; but shapes can be anything
         self.side_by_side = network if same else None
+        for m in chain(*(n.modules() for n in ((self.trunk, network) if same else self.networks))):
+            if isinstance(m, _Conv): m.shape = None # More single images will come
         return z
 
 # %% ../nbs/14_siblings.ipynb #21344ad3
@@ -382,7 +409,7 @@ class _Kept:
 class Siblings:
     """Networks drawn around `model`: member i has the weights w + σ ⊙ ε, ε from `noise` (paper 2, §3.1); member 0 is `model` itself if `original`.
 
-    They are drawn at the first use and kept, S times the noisy parameters, and on a CPU once more when single images come; `model` is not modified, and when it changes, they are drawn anew around it.
+    They are drawn at the first use and kept, S times the noisy parameters, and on a CPU up to twice more when single images come; `model` is not modified, and when it changes, they are drawn anew around it.
     Several threads may ask; but while the first draws, none of them may run any network, for `torch.fx` looks at all that run.
     Raises `NiooddError` for a σ that does not fit the network, an unknown distribution, n < 1, or a seed < 0.
     """

@@ -133,6 +133,41 @@ def test_one_image_through_a_large_linear_layer(dtype, image, alive):
     assert found.shape == (3, 1, 3) and found.dtype == dtype
     assert found.isnan().all() if image == "nan" else difference(found, plain) < (2e-6 if dtype == torch.float32 else 1e-14)
 
+@pytest.mark.parametrize("options", [{}, dict(stride=2), dict(padding="same"), dict(padding_mode="reflect"), dict(groups=4), dict(dilation=2, padding=2), dict(bias=False), dict(kernel_size=(3, 1), padding=(1, 0))], ids=str)
+def test_convolutions_at_any_size(options):
+    "One image or several, small maps and larger ones, in turn: the weights lie in another order for each."
+    conv = lambda i, o: nn.Conv2d(i, o, **dict(dict(kernel_size=3, padding=1), **options))
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), conv(16, 32), nn.ReLU(), conv(32, 32), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+    s = Siblings(net, sigma_of(net), n=2)
+    for _ in range(2):
+        for size, n in (((12, 12), 1), ((12, 9), 1), ((12, 12), 3), ((4, 6), 1), ((12, 12), 1)):
+            x = torch.randn(n, 3, *size)
+            assert difference(s.logits(x), one_by_one(s, x)) <= 1e-5 and s.why_plain is None
+    assert isinstance(s._kept.stacked.side_by_side, nn.Module)
+
+@pytest.mark.parametrize("only", ["", "0."])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_large_convolutions_at_any_size(stride, only):
+    "In planes on small maps, else channels last; the network's own weights stay as they are."
+    net = nn.Sequential(nn.Conv2d(3, 256, 1), nn.Conv2d(256, 512, 3, stride, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 4))
+    weight, s = net[1].weight, Siblings(net, sigma_of(net, only=only), n=2)
+    for width, n in ((12, 2), (4, 2), (2, 3), (12, 1), (3, 1), (4, 1), (1, 2), (12, 1)):
+        x = torch.randn(n, 3, 5, width)
+        assert difference(s.logits(x), one_by_one(s, x)) <= 1e-5 and s.why_plain is None
+    assert s._kept.stacked.side_by_side is None and net[1].weight is weight and weight.is_contiguous() and weight.requires_grad
+
+def test_weights_are_packed_for_single_images_only():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 4))
+    s, x = Siblings(net, sigma_of(net), n=2), torch.randn(40, 3, 8, 8)
+    packed = lambda: [m.packed is not None for part in (*s._kept.stacked.networks, s._kept.stacked.side_by_side) if isinstance(part, nn.Module) for m in part.modules() if isinstance(m, nn.Conv2d)]
+    for images in (x, x[:1]): s.logits(images)
+    assert not any(packed())
+    s.logits(x[:1])
+    if torch.backends.mkldnn.is_available(): assert sum(packed()) == 2             # of the network of both siblings; if this fails, nioodd.siblings._packed does not know this PyTorch
+    with torch.autocast("cpu", torch.bfloat16): assert difference(s.logits(x[:1]), one_by_one(s, x[:1])) < 0.05
+    with torch.inference_mode(): assert difference(s.logits(x[:1]), one_by_one(s, x[:1])) < 1e-6
+    assert difference(copy.deepcopy(s).logits(x[:1]), one_by_one(s, x[:1])) < 1e-6
+
 def test_large_convolutions_stay_apart():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2800, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2800, 3))
     s = Siblings(net, sigma_of(net), n=2)
