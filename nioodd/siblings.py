@@ -165,11 +165,11 @@ def sibling(
 # %% ../nbs/14_siblings.ipynb #fec2efd0
 class _Conv(nn.Conv2d):
     "A convolution on a CPU, its weights in the order that suits the size of its map, and for one image packed."
-    packed, shape = None, False # What convolves one image of this shape; None: is to be made; False: is not
+    packed, shape = None, False # What convolves one image of this shape, the first that comes; None: is to be made; False: is not
 
     def forward(self, x: Tensor) -> Tensor: # Without gradients
         if x.shape == self.shape and x.dtype == torch.float32: return self.packed(x)
-        if len(x) == 1 and self.shape is not False:
+        if len(x) == 1 and self.shape is None:
             self.packed, self.shape = _packed(self, x)
             return self.forward(x)
         if self.weight.numel() >= 1 << 20 and max(self.kernel_size) > 1 and self.groups == 1:
