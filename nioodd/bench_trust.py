@@ -41,7 +41,7 @@ def contestants(
     n: int, # S
     device: str | torch.device = "cpu",
 ) -> dict[str, Answer]:
-    "Ways to get S answers for each image, from untrained networks: the time does not depend on the weights."
+    "Ways to get S answers for each image, from untrained networks; of the siblings of trained ones some weights are not read."
     networks = [architecture(name).to(device).eval() for _ in range(n)]
     model, last = networks[0], copy.deepcopy(networks[0]).to(memory_format=torch.channels_last)
     siblings = Siblings(model, uniform_sigma(model, norm=True), n)

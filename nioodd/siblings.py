@@ -165,27 +165,28 @@ def sibling(
 # %% ../nbs/14_siblings.ipynb #fec2efd0
 class _Conv(nn.Conv2d):
     "A convolution on a CPU, its weights in the order that suits the size of its map, and for one image packed."
-    packed, shape = None, False # What convolves one image of this shape, the first that comes; None: is to be made; False: is not
+    packed = shape = None # What convolves one image of this shape, the first that comes
+    single = False # Whether single images come, and nothing is packed yet
 
     def forward(self, x: Tensor) -> Tensor: # Without gradients
         if x.shape == self.shape and x.dtype == torch.float32: return self.packed(x)
-        if len(x) == 1 and self.shape is None:
-            self.packed, self.shape = _packed(self, x)
-            return self.forward(x)
+        if self.single and len(x) == 1:
+            self.single = False
+            self._pack(x)
         if self.weight.numel() >= 1 << 20 and max(self.kernel_size) > 1 and self.groups == 1:
             order = torch.contiguous_format if 2 <= x.shape[-1] <= 5 * self.stride[-1] else torch.channels_last
             if not self.weight.is_contiguous(memory_format=order): self.weight = nn.Parameter(self.weight.contiguous(memory_format=order), requires_grad=False)
             x = x.contiguous(memory_format=order)
         return self._conv_forward(x, self.weight, self.bias)
 
-def _packed(c: nn.Conv2d, x: Tensor) -> tuple[Callable[[Tensor], Tensor] | None, torch.Size | bool]: # As in `_Conv`
-    if c.padding_mode != "zeros" or isinstance(c.padding, str) or x.dtype != torch.float32: return None, False
-    try: # As torch.compile packs weights; not every PyTorch comes with oneDNN
-        weight = torch._C._nn.mkldnn_reorder_conv2d_weight(c.weight.to_mkldnn(), c.padding, c.stride, c.dilation, c.groups, x.shape)
-        convolution, rest = torch.ops.mkldnn._convolution_pointwise.default, (weight, c.bias, c.padding, c.stride, c.dilation, c.groups, "none", [], "")
-        convolution(x, *rest)
-    except (AttributeError, TypeError, RuntimeError): return None, False
-    return lambda x: convolution(x, *rest), x.shape
+    def _pack(self, x: Tensor) -> None: # As torch.compile does it; not every PyTorch comes with oneDNN
+        if self.padding_mode != "zeros" or isinstance(self.padding, str) or x.dtype != torch.float32: return
+        try:
+            weight = torch._C._nn.mkldnn_reorder_conv2d_weight(self.weight.to_mkldnn(), self.padding, self.stride, self.dilation, self.groups, x.shape)
+            convolution, rest = torch.ops.mkldnn._convolution_pointwise.default, (weight, self.bias, self.padding, self.stride, self.dilation, self.groups, "none", [], "")
+            convolution(x, *rest)
+        except (AttributeError, TypeError, RuntimeError): return
+        self.packed, self.shape = lambda x: convolution(x, *rest), x.shape
 
 # %% ../nbs/14_siblings.ipynb #41226bf7
 class _Linears(nn.Module):
@@ -194,7 +195,6 @@ class _Linears(nn.Module):
         super().__init__()
         self.n, self.large = len(layers), layers[0].weight.numel() >= 1 << 19 and layers[0].weight.dtype in (torch.float32, torch.float64)
         self.each = torch.stack([layer.weight.detach().t() for layer in layers]) # [S, K, n]
-        self.rows = self.each.flatten(0, 1)
         self.bias = self.each.new_zeros(1, 1, 1) if layers[0].bias is None else torch.stack([layer.bias.detach() for layer in layers])[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,7 +202,7 @@ class _Linears(nn.Module):
         x = x.expand(self.n, -1)
         parts, numbers = self.n * math.gcd(x.shape[1], 8), x.flatten()
         there, counts = numbers.nonzero()[:, 0], numbers.view(parts, -1).count_nonzero(1)
-        sums = F.embedding_bag(there, self.rows, counts.cumsum(0) - counts, mode="sum", per_sample_weights=numbers.index_select(0, there))
+        sums = F.embedding_bag(there, self.each.flatten(0, 1), counts.cumsum(0) - counts, mode="sum", per_sample_weights=numbers.index_select(0, there))
         return sums.view(self.n, -1, sums.shape[1]).sum(1) + self.bias[:, 0]
 
 def _convs(layers: list[nn.Conv2d], shared: bool) -> _Conv:
@@ -295,7 +295,7 @@ class Stacked:
         except Exception: same = False # Such as NotImplementedError; but shapes can be anything
         self.side_by_side = network if same else None
         for m in chain(*(n.modules() for n in ((self.trunk, network) if same else self.networks))):
-            if isinstance(m, _Conv): m.shape = None # More single images will come
+            if isinstance(m, _Conv): m.single = True
         return z
 
 # %% ../nbs/14_siblings.ipynb #21344ad3

@@ -315,7 +315,7 @@ def learning_step(
     plus = lambda w, s, e: torch.addcmul(w, s, e, out=torch.empty_like(w)) # In the memory layout of w, also where its strides do not tell
     siblings = [{k: plus(own[k].detach(), s, e[k]) for k, s in spread.items()} for e in noise]
     data, by_sigma = _data_gradient(trust, lean, siblings, noise, x, y, lambda1)
-    r_of = {k: s.div_(trust.scale[k]) for k, s in sigma.items()}
+    r_of = {k: s.div_(trust.scale[k]) for k, s in sigma.items()} # In place: σ is not needed any more
     value = R(r_of.values())
     terms = dict(zip(("nll", "variance", "regulariser", "loss"), torch.stack([*data, value, data[0] + lambda1 * data[1] + lambda2 * value]).tolist()))
     for name, value in terms.items():

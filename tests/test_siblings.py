@@ -12,7 +12,7 @@ from nioodd.bench_trust import bench_trust, contestants, exactness, images_for, 
 from nioodd.cli import main
 from nioodd.errors import NiooddError
 from nioodd.models import Classifier, architecture
-from nioodd.siblings import DISTRIBUTIONS, Siblings, noise, plain_logits, sibling
+from nioodd.siblings import DISTRIBUTIONS, Siblings, _Linears, noise, plain_logits, sibling
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +133,14 @@ def test_one_image_through_a_large_linear_layer(dtype, image, alive):
     assert found.shape == (3, 1, 3) and found.dtype == dtype
     assert found.isnan().all() if image == "nan" else difference(found, plain) < (2e-6 if dtype == torch.float32 else 1e-14)
 
+def test_weights_that_meet_a_zero_are_not_read():
+    layers = [nn.Linear(1024, 512) for _ in range(2)]
+    x = torch.randn(2, 1024)
+    x[:, 400:] = 0
+    for layer in layers: layer.weight.data[:, 400:] = torch.nan
+    expected = torch.stack([F.linear(row[:400], layer.weight[:, :400], layer.bias) for row, layer in zip(x, layers)])
+    assert difference(_Linears(layers)(x), expected) < 2e-6
+
 @pytest.mark.parametrize("options", [{}, dict(stride=2), dict(padding="same"), dict(padding_mode="reflect"), dict(groups=4), dict(dilation=2, padding=2), dict(bias=False), dict(kernel_size=(3, 1), padding=(1, 0))], ids=str)
 def test_convolutions_at_any_size(options):
     "One image or several, small maps and larger ones, in turn: the weights lie in another order for each."
@@ -154,6 +162,7 @@ def test_large_convolutions_at_any_size(stride, only):
     for width, n in ((12, 2), (4, 2), (2, 3), (12, 1), (3, 1), (4, 1), (1, 2), (12, 1)):
         x = torch.randn(n, 3, 5, width)
         assert difference(s.logits(x), one_by_one(s, x)) <= 1e-5 and s.why_plain is None
+        if n > 1: assert s._kept.stacked.branches[1].get_submodule("1").weight.is_contiguous() == (width in (2, 4))
     assert s._kept.stacked.side_by_side is None and net[1].weight is weight and weight.is_contiguous() and weight.requires_grad
 
 def test_weights_are_packed_for_single_images_only():
