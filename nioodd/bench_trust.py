@@ -9,6 +9,7 @@ __all__ = ['Answer', 'monte_carlo', 'contestants', 'Race', 'images_for', 'race',
 import copy
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -50,7 +51,7 @@ def contestants(
         "plain": lambda x: [model(x) for _ in range(n)],
         "channels last": lambda x: [last(x.contiguous(memory_format=torch.channels_last)) for _ in range(n)],
         "ensemble": lambda x: [net(x) for net in networks],
-        "functional_call": lambda x: plain_logits(model, weights, x),
+        "one by one": lambda x: plain_logits(model, weights, x),
         "siblings": siblings.logits,
     }
     if (bayesian := monte_carlo(model)) is not None: ways["MC layers"] = lambda x: [bayesian(x) for _ in range(n)]
@@ -114,15 +115,16 @@ def learning_jobs(
     batch: int, # Images per step
     device: str | torch.device = "cpu",
 ) -> dict[str, Job]:
-    "`training`: one step of cross-entropy by Adam; `intervals`: one step of `TrustIntervals` at two draws; both on the same network, channels last."
+    "`training`: one step of cross-entropy by Adam; `fused`: with `fused=True`; `intervals`: one step of `TrustIntervals` at two draws; all on the same network, channels last."
     model = architecture(name).to(device, memory_format=torch.channels_last)
     x, y = images_for(name, batch, device).contiguous(memory_format=torch.channels_last), torch.randint(10, (batch,), device=device)
-    adam, trust = torch.optim.Adam(model.parameters(), 1e-5), TrustIntervals(copy.deepcopy(model).eval())
-    def training():
+    trust = TrustIntervals(copy.deepcopy(model).eval())
+    def training(adam):
         adam.zero_grad()
         F.cross_entropy(model.train()(x), y).backward()
         adam.step()
-    return dict(training=training, intervals=lambda: trust.step(x, y, draws=2))
+    jobs = {k: partial(training, torch.optim.Adam(model.parameters(), 1e-5, fused=k == "fused")) for k in ("training", "fused")}
+    return jobs | dict(intervals=lambda: trust.step(x, y, draws=2))
 
 # %% ../nbs/19_bench_trust.ipynb #468b00db
 def _race_lines(races: list[Race]) -> list[str]:
@@ -154,8 +156,8 @@ def bench_trust(
             exact.append("{} ({:,} parameters): siblings {:.0e}, memory layout alone {:.0e}".format(name, n_parameters(architecture(name)), *exactness(name, device=device)))
             for batch in (b for b in batches if b > 1):
                 t = interleaved(learning_jobs(name, batch, device), rounds, device, limit, progress, clock)
-                ratio = median(a / b for a, b in zip(t["intervals"], t["training"]))
-                steps.append(f"{name} batch {batch}: training {1e3 * median(t['training']):.0f} ms, intervals at 2 draws {1e3 * median(t['intervals']):.0f} ms, ratio {ratio:.2f}")
+                ms, ratio = {k: 1e3 * median(v) for k, v in t.items()}, {k: median(a / b for a, b in zip(t["intervals"], v)) for k, v in t.items()}
+                steps.append(f"{name} batch {batch}: training {ms['training']:.1f} ms, intervals at 2 draws {ms['intervals']:.1f} ms, ratio {ratio['training']:.2f}; training with Adam fused {ms['fused']:.1f} ms, ratio {ratio['fused']:.2f}")
     mc = [] if "MC layers" in races[0].seconds else ["MC layers: bayesian-torch is not installed"]
     return "\n".join([f"{machine(device)}, torch {torch.__version__}; medians of up to {rounds} interleaved rounds; the ratios are of times", "", *_race_lines(races), *mc, "",
                       "largest difference of logits from the siblings run one by one, over the largest logit", *exact, "", "a step of learning", *steps])

@@ -401,7 +401,7 @@ def test_cheaper_than_plain_forward_passes():
 
 def test_report():
     report = bench_trust(architectures=("C1",), members=(2,), batches=(1, 8), rounds=2, limit=1, progress=False, clock=time.process_time)
-    for words in ("C1 S=2   batch 1", "C1 S=2   batch 8", "siblings : plain", "functional_call", "ensemble", "1,111,946 parameters", "C1 batch 8: training", "MC layers"): assert words in report
+    for words in ("C1 S=2   batch 1", "C1 S=2   batch 8", "siblings : plain", "one by one", "ensemble", "1,111,946 parameters", "C1 batch 8: training", "MC layers"): assert words in report
     with pytest.raises(NiooddError, match="nothing to measure"): bench_trust(architectures=())
     with pytest.raises(NiooddError, match="batches of 0, 8"): bench_trust(batches=(0, 8))
 

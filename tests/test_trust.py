@@ -215,9 +215,30 @@ def test_the_network_is_left_as_it_was(make, options):
 @pytest.mark.parametrize("regulariser", REGULARISERS)
 def test_regularisers_widen_and_the_cap_holds(network, regulariser):
     trust, x, y = TrustIntervals(network, sigma_max=.15), to_input(images(8)), torch.arange(8) % 4
-    first = trust.step(x, y, regulariser=regulariser, lambda2=1e6)
-    for _ in range(60): last = trust.step(x, y, regulariser=regulariser, lambda2=1e6)
-    assert last["regulariser"] < first["regulariser"] and strength(network, trust.sigma()) == pytest.approx(.15, rel=1e-3)
+    before = trust.regulariser(regulariser)
+    for _ in range(60): trust.step(x, y, regulariser=regulariser, lambda2=1e6)
+    assert trust.regulariser(regulariser) < before and strength(network, trust.sigma()) == pytest.approx(.15, rel=1e-3)
+
+
+def test_steps_are_those_of_rmsprop(network):
+    trust, x, y = TrustIntervals(network), to_input(images(8)), torch.arange(8) % 4
+    rho = {k: r.clone().requires_grad_() for k, r in trust.rho.items()}
+    rmsprop = torch.optim.RMSprop(rho.values(), eps=1e-16)
+    for lr in (.01, .01, .002, .03):
+        trust.step(x, y, lr=lr)
+        for k, r in rho.items(): r.grad = trust.rho[k].grad
+        rmsprop.param_groups[0]["lr"] = lr
+        rmsprop.step()
+        for k, r in rho.items(): torch.testing.assert_close(trust.rho[k], r.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_interval_is_never_less_than_a_hundred_millionth_of_the_scale(network):
+    trust, x, y = TrustIntervals(network, sigma_init=1e-8), to_input(images(64)), torch.arange(64) % 4
+    for _ in range(20): trust.step(x, y, lambda2=0, lr=.5)
+    for k, s in trust.sigma().items(): assert s.min() >= .999e-8 * trust.scale[k]
+    assert any(s.min() < 1.001e-8 * trust.scale[k] for k, s in trust.sigma().items()) # Some would have gone on
+    for name in REGULARISERS: trust.step(x, y, regulariser=name) # a slope that float32 can hold
+    assert all(r.isfinite().all() for r in trust.rho.values())
 
 
 def test_without_a_regulariser_siblings_come_to_agree(network):
@@ -228,19 +249,21 @@ def test_without_a_regulariser_siblings_come_to_agree(network):
     for term in ("nll", "variance"): assert sum(t[term] for t in found[-10:]) < 0.95 * sum(t[term] for t in found[:10])
 
 
-def test_step_in_parts_is_the_step_on_the_whole(network):
+@pytest.mark.parametrize("regulariser", REGULARISERS)
+def test_step_in_parts_is_the_step_on_the_whole(network, regulariser):
     "The gradient by autograd through everything, on one batch of more images than a part holds."
     trust, x, y = TrustIntervals(network, sigma_init=.3), to_input(images(150)), torch.arange(150) % 4
     rho = {k: r.clone().requires_grad_() for k, r in trust.rho.items()}
     torch.manual_seed(3)
-    terms = trust.step(x, y, lambda1=2, lambda2=.5, draws=3)
+    terms = trust.step(x, y, regulariser=regulariser, lambda1=2, lambda2=.5, draws=3)
     torch.manual_seed(3)
     sigma = {k: r.exp().log1p() for k, r in rho.items()}
     noise = [draw(trust.rho) for _ in range(3)]
     own = {k: p.detach() for k, p in network.named_parameters()}
     p = torch.stack([torch.func.functional_call(network, own | {k: own[k] + s * e[k] for k, s in sigma.items()}, (x,)).softmax(1) for e in noise])
-    loss = -p[:, range(150), y].log().mean() + 2 * p.var(0).sum(1).mean() - .5 * torch.cat([(s / trust.scale[k]).log().flatten() for k, s in sigma.items()]).mean()
-    assert terms["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    nll, variance = -p[:, range(150), y].log().mean(), p.var(0).sum(1).mean()
+    assert terms == dict(nll=pytest.approx(nll.item(), rel=1e-4), variance=pytest.approx(variance.item(), rel=1e-4))
+    loss = nll + 2 * variance + .5 * REGULARISERS[regulariser](s / trust.scale[k] for k, s in sigma.items())
     for (k, r), g in zip(trust.rho.items(), torch.autograd.grad(loss, list(rho.values()))):
         torch.testing.assert_close(r.grad, g, rtol=1e-3, atol=1e-6)
 
@@ -262,7 +285,7 @@ def test_a_step_on_the_simplified_network_is_one_on_the_network(name):
         trust = TrustIntervals(net, sigma_init=.1)
         if not simplify: trust.lean, trust.watch = Fused(net, {}), Watch(net)
         torch.manual_seed(1)
-        found.append(([trust.step(x, y)["loss"] for _ in range(2)], {k: r.grad.clone() for k, r in trust.rho.items()}, trust))
+        found.append(([v for _ in range(2) for v in trust.step(x, y).values()], {k: r.grad.clone() for k, r in trust.rho.items()}, trust))
     (a, by_a, trust), (b, by_b, _) = found
     assert trust.lean.factor and trust.lean.network is not net
     assert a == pytest.approx(b, rel=1e-7)
@@ -321,7 +344,7 @@ def test_fit_repeats_itself_and_reports(network):
         a, b = ((t := TrustIntervals(network)).fit(loader, (images(30, 1), torch.arange(30) % 4), steps=7, check_every=3, seed=5, progress=False, draws=3) and t for _ in range(2))
         assert all(torch.equal(a.rho[k], b.rho[k]) for k in a.rho)
         rows = TrustIntervals(network).fit(loader, progress=False)
-    assert [r["step"] for r in rows] == [0, 3] and rows[-1]["stopped"] == "all steps were made" and "loss" in rows[-1] and "loss" not in rows[0]
+    assert [r["step"] for r in rows] == [0, 3] and rows[-1]["stopped"] == "all steps were made" and "nll" in rows[-1] and "nll" not in rows[0] and rows[-1]["regulariser"] < rows[0]["regulariser"]
 
 
 def test_stops_and_goes_back(network):
@@ -572,7 +595,7 @@ def test_a_checkpoint_that_lacks_something(network, tmp_path):
     file, batches = tmp_path / "learning.safetensors", [(images(20), torch.arange(20) % 4)]
     TrustIntervals(network).fit(batches, steps=2, progress=False, checkpoint=file)
     tensors, meta = load_tensors(file)
-    for part in ("saved/0/head.weight", "rho/head.weight"):
+    for part in ("saved/0/head.weight", "rho/head.weight", "square/head.weight"):
         save_tensors(file, {k: t for k, t in tensors.items() if k != part}, meta)
         with pytest.raises(NiooddError, match="lacks some of its tensors"): TrustIntervals(network).fit(batches, steps=2, progress=False, checkpoint=file)
 
