@@ -292,7 +292,7 @@ def _data_gradient(trust: TrustIntervals, lean: Fused, siblings: list[dict[str, 
             g = torch.autograd.grad(share * (terms[0] + lambda1 * terms[1]), leaves, materialize_grads=True) # 0 for weights that eval mode does not use
             total = total + share * torch.stack(terms).detach()
             for i, e in enumerate(noise):
-                mine, e = g[i * len(e):(i + 1) * len(e)], list(e.values())
+                mine, e = [t.detach() for t in g[i * len(e):(i + 1) * len(e)]], list(e.values()) # Zeros require a gradient in old PyTorch
                 if by_sigma: torch._foreach_addcmul_(by_sigma, mine, e)
                 else: by_sigma = [torch.mul(g, e, out=torch.empty_like(r)) for g, e, r in zip(mine, e, trust.rho.values())]
     for k, g in zip(trust.rho, by_sigma):
