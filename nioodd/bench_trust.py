@@ -123,7 +123,7 @@ def learning_jobs(
         adam.zero_grad()
         F.cross_entropy(model.train()(x), y).backward()
         adam.step()
-    jobs = {k: partial(training, torch.optim.Adam(model.parameters(), 1e-5, fused=k == "fused")) for k in ("training", "fused")}
+    jobs = {k: partial(training, torch.optim.Adam(model.parameters(), 1e-5, fused=True if k == "fused" else None)) for k in ("training", "fused")}
     return jobs | dict(intervals=lambda: trust.step(x, y, draws=2))
 
 # %% ../nbs/19_bench_trust.ipynb #468b00db

@@ -346,8 +346,9 @@ def learning_step(
     R = REGULARISERS[regulariser]
     weight = lambda2 / sum(s.numel() for s in sigma.values()) / (abs(R(s / trust.scale[k] for k, s in sigma.items()).item()) if R.norm else 1)
     for (k, r), g in zip(trust.rho.items(), by_sigma):
-        g.addcdiv_(g.new_ones(()), sigma[k].pow_(-R.power), value=-weight * trust.scale[k] ** (-1 - R.power)) # In place: σ is not needed any more
-        r.grad = torch.ops.aten.softplus_backward(g, r, 1, 20, grad_input=g)
+        by, times = (sigma[k], 1) if R.power == -1 else (sigma[k].div_(trust.scale[k]).pow_(-R.power), trust.scale[k]) # σ is not needed any more
+        g.addcdiv_(g.new_ones(()), by, value=-weight / times)
+        torch.ops.aten.softplus_backward(g, r, 1, 20, grad_input=g)
     rmsprop(list(trust.rho.values()), by_sigma, list(trust.square.values()), lr)
     for k, r in trust.rho.items(): r.clamp_(trust.lowest[k], trust.highest[k])
     return terms

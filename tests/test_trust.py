@@ -16,7 +16,7 @@ from nioodd.errors import NiooddError
 from nioodd.metrics import ood_metrics
 from nioodd.models import Classifier, architecture
 from nioodd.siblings import DISTRIBUTIONS, Fused, Siblings, Watch
-from nioodd.trust import REGULARISERS, TrustIntervalDetector, TrustIntervals, draw, scales, strength, uniform_sigma, why_stop
+from nioodd.trust import REGULARISERS, TrustIntervalDetector, TrustIntervals, draw, rmsprop, scales, strength, uniform_sigma, why_stop
 
 SHAPE = (1, 8, 8)
 
@@ -212,6 +212,18 @@ def test_the_network_is_left_as_it_was(make, options):
     assert trust.sigma().keys() == scales(net, **options).keys()
 
 
+def step_and_gradient(trust, x, y, **options):
+    "The terms of a step, and its gradient by ρ."
+    found = []
+    def seen(weights, gradients, *rest):
+        found.extend(g.clone() for g in gradients)
+        rmsprop(weights, gradients, *rest)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("nioodd.trust.rmsprop", seen)
+        terms = trust.step(x, y, **options)
+    return terms, dict(zip(trust.rho, found))
+
+
 @pytest.mark.parametrize("regulariser", REGULARISERS)
 def test_regularisers_widen_and_the_cap_holds(network, regulariser):
     trust, x, y = TrustIntervals(network, sigma_max=.15), to_input(images(8)), torch.arange(8) % 4
@@ -223,22 +235,30 @@ def test_regularisers_widen_and_the_cap_holds(network, regulariser):
 def test_steps_are_those_of_rmsprop(network):
     trust, x, y = TrustIntervals(network), to_input(images(8)), torch.arange(8) % 4
     rho = {k: r.clone().requires_grad_() for k, r in trust.rho.items()}
-    rmsprop = torch.optim.RMSprop(rho.values(), eps=1e-16)
+    peer = torch.optim.RMSprop(rho.values(), eps=1e-16)
     for lr in (.01, .01, .002, .03):
-        trust.step(x, y, lr=lr)
-        for k, r in rho.items(): r.grad = trust.rho[k].grad
-        rmsprop.param_groups[0]["lr"] = lr
-        rmsprop.step()
+        _, gradient = step_and_gradient(trust, x, y, lr=lr)
+        for k, r in rho.items(): r.grad = gradient[k]
+        peer.param_groups[0]["lr"] = lr
+        peer.step()
         for k, r in rho.items(): torch.testing.assert_close(trust.rho[k], r.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_an_interval_is_never_less_than_a_hundred_millionth_of_the_scale(network):
-    trust, x, y = TrustIntervals(network, sigma_init=1e-8), to_input(images(64)), torch.arange(64) % 4
+    trust, x, y = TrustIntervals(network, sigma_init=1e-7), to_input(images(64)), torch.arange(64) % 4
     for _ in range(20): trust.step(x, y, lambda2=0, lr=.5)
     for k, s in trust.sigma().items(): assert s.min() >= .999e-8 * trust.scale[k]
     assert any(s.min() < 1.001e-8 * trust.scale[k] for k, s in trust.sigma().items()) # Some would have gone on
-    for name in REGULARISERS: trust.step(x, y, regulariser=name) # a slope that float32 can hold
-    assert all(r.isfinite().all() for r in trust.rho.values())
+
+
+@pytest.mark.parametrize("scale", [1, 1e-10, 1e-20])
+@pytest.mark.parametrize("sigma", [1e-8, .05])
+def test_the_slope_of_a_regulariser_is_finite(network, sigma, scale):
+    with torch.no_grad(): network.head.weight.mul_(scale), network.head.bias.mul_(scale)
+    trust, x, y = TrustIntervals(network, sigma_init=sigma), to_input(images(8)), torch.arange(8) % 4
+    for name in REGULARISERS:
+        _, gradient = step_and_gradient(trust, x, y, regulariser=name)
+        assert all(g.isfinite().all() for g in gradient.values())
 
 
 def test_without_a_regulariser_siblings_come_to_agree(network):
@@ -253,9 +273,10 @@ def test_without_a_regulariser_siblings_come_to_agree(network):
 def test_step_in_parts_is_the_step_on_the_whole(network, regulariser):
     "The gradient by autograd through everything, on one batch of more images than a part holds."
     trust, x, y = TrustIntervals(network, sigma_init=.3), to_input(images(150)), torch.arange(150) % 4
+    for r in trust.rho.values(): r.sub_(torch.rand_like(r))
     rho = {k: r.clone().requires_grad_() for k, r in trust.rho.items()}
     torch.manual_seed(3)
-    terms = trust.step(x, y, regulariser=regulariser, lambda1=2, lambda2=.5, draws=3)
+    terms, gradient = step_and_gradient(trust, x, y, regulariser=regulariser, lambda1=2, lambda2=.5, draws=3)
     torch.manual_seed(3)
     sigma = {k: r.exp().log1p() for k, r in rho.items()}
     noise = [draw(trust.rho) for _ in range(3)]
@@ -264,8 +285,7 @@ def test_step_in_parts_is_the_step_on_the_whole(network, regulariser):
     nll, variance = -p[:, range(150), y].log().mean(), p.var(0).sum(1).mean()
     assert terms == dict(nll=pytest.approx(nll.item(), rel=1e-4), variance=pytest.approx(variance.item(), rel=1e-4))
     loss = nll + 2 * variance + .5 * REGULARISERS[regulariser](s / trust.scale[k] for k, s in sigma.items())
-    for (k, r), g in zip(trust.rho.items(), torch.autograd.grad(loss, list(rho.values()))):
-        torch.testing.assert_close(r.grad, g, rtol=1e-3, atol=1e-6)
+    for k, g in zip(rho, torch.autograd.grad(loss, list(rho.values()))): torch.testing.assert_close(gradient[k], g, rtol=1e-3, atol=1e-6)
 
 
 def trained(name):
@@ -285,7 +305,8 @@ def test_a_step_on_the_simplified_network_is_one_on_the_network(name):
         trust = TrustIntervals(net, sigma_init=.1)
         if not simplify: trust.lean, trust.watch = Fused(net, {}), Watch(net)
         torch.manual_seed(1)
-        found.append(([v for _ in range(2) for v in trust.step(x, y).values()], {k: r.grad.clone() for k, r in trust.rho.items()}, trust))
+        first, (second, gradient) = trust.step(x, y), step_and_gradient(trust, x, y)
+        found.append(([*first.values(), *second.values()], gradient, trust))
     (a, by_a, trust), (b, by_b, _) = found
     assert trust.lean.factor and trust.lean.network is not net
     assert a == pytest.approx(b, rel=1e-7)
@@ -524,9 +545,9 @@ def test_weights_that_share_a_gradient():
         z.append(nn.functional.linear(x.flatten(1), a + b) * c.mean())
     loss = -torch.stack(z).log_softmax(-1)[:, range(300), y].mean() + 2 * torch.stack(z).softmax(-1).var(0).sum(1).mean()
     torch.manual_seed(1)
-    trust.step(x, y, lambda1=2.0, lambda2=0.0)
+    _, gradient = step_and_gradient(trust, x, y, lambda1=2.0, lambda2=0.0)
     assert trust.parts == {(2, 1, 2, 2): 256}
-    for k, want in zip(rho, torch.autograd.grad(loss, rho.values())): assert torch.allclose(trust.rho[k].grad, want, rtol=1e-3, atol=1e-6), k
+    for k, want in zip(rho, torch.autograd.grad(loss, rho.values())): assert torch.allclose(gradient[k], want, rtol=1e-3, atol=1e-6), k
 
 
 # What networks and loaders there are besides
