@@ -119,6 +119,10 @@ REGULARISERS = dict(
     inverse_norm=Regulariser(lambda r: r**-2, torch.sqrt, -3, norm=True),
     neg_norm=Regulariser(torch.square, lambda m: -m.sqrt(), 1, norm=True))
 
+def _regulariser(name: str) -> Regulariser:
+    if name not in REGULARISERS: raise unknown("regulariser", name, REGULARISERS)
+    return REGULARISERS[name]
+
 # %% ../nbs/15_trust.ipynb #b886e1e9
 @lru_cache(maxsize=2)
 def _table(distribution: str, size: int, device: torch.device) -> Tensor: # float32 [size]; always the same
@@ -170,6 +174,8 @@ def why_stop(
     return None
 
 # %% ../nbs/15_trust.ipynb #1ddd56d2
+SIGMA_MIN = 1e-8 # σ is never less, in units of the layer's scale
+
 def _check_fit(model: nn.Module, tensors: dict[str, Tensor]) -> None: # Intervals against the parameters of a network
     if not isinstance(tensors, Mapping) or not all(isinstance(t, Tensor) for t in tensors.values()): raise NiooddError(f"the intervals are {type(tensors).__name__}; expected TrustIntervals, or tensors by parameter name; uniform_sigma(model) makes some")
     own = {k: list(p.shape) for k, p in model.named_parameters()}
@@ -187,8 +193,6 @@ def _at_least(name: str, value: float, least: float, why: str, kind: type = Real
 def _plain(options: dict) -> dict: return {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()} # As JSON can hold it
 
 # %% ../nbs/15_trust.ipynb #269521af
-SIGMA_MIN = 1e-8 # σ is never less, in units of the layer's scale
-
 class TrustIntervals:
     """Intervals σ = log(1 + e^ρ) around the weights of any classifier (paper 2, §2.1–2.2); the network itself is never changed.
 
@@ -219,8 +223,7 @@ class TrustIntervals:
 
     def regulariser(self, name: str = "neg_log") -> float:
         "R of these intervals, by its name in `REGULARISERS`."
-        if name not in REGULARISERS: raise unknown("regulariser", name, REGULARISERS)
-        return REGULARISERS[name](s.div_(self.scale[k]) for k, s in self.sigma().items()).item()
+        return _regulariser(name)(s.div_(self.scale[k]) for k, s in self.sigma().items()).item()
 
     def siblings(self, n: int = 2, seed: int = 0, original: bool = True) -> Siblings:
         "`n` networks drawn from the intervals; with `original`, the first is the network itself."
@@ -327,7 +330,7 @@ def learning_step(
     lr: float = 0.01,
 ) -> dict[str, float]: # The terms that depend on the images, unweighted: `nll` and `variance` (ΣVar)
     "One step on ρ down the gradient of (5). A term that is not finite raises `NiooddError`, and ρ stays as it was."
-    if regulariser not in REGULARISERS: raise unknown("regulariser", regulariser, REGULARISERS)
+    R = _regulariser(regulariser)
     _at_least("draws", draws, 2, "the variance over the siblings needs two", Integral)
     _at_least("lambda1", lambda1, 0, "a negative weight would reward disagreement on known images")
     _at_least("lambda2", lambda2, 0, "a negative weight would shrink the intervals to nothing")
@@ -343,7 +346,6 @@ def learning_step(
     terms = dict(zip(("nll", "variance"), terms.tolist()))
     for name, value in terms.items():
         if value - value: raise NiooddError(f"the {name} of the trust intervals became {value}; expected a finite number; lower sigma_init or lr (it is {lr}), or check the images for NaN")
-    R = REGULARISERS[regulariser]
     weight = lambda2 / sum(s.numel() for s in sigma.values()) / (abs(R(s / trust.scale[k] for k, s in sigma.items()).item()) if R.norm else 1)
     for (k, r), g in zip(trust.rho.items(), by_sigma):
         by, times = (sigma[k], 1) if R.power == -1 else (sigma[k].div_(trust.scale[k]).pow_(-R.power), trust.scale[k]) # σ is not needed any more
@@ -476,7 +478,7 @@ def learn(
             if i % check_every and i < todo: continue
             if i > done or not rows:
                 means = {k: sum(t[k] for t in terms) / len(terms) for k in (terms or [()])[0]}
-                rows.append(dict(step=i) | means | dict(regulariser=trust.regulariser(begun.get("regulariser", "neg_log"))) | check(trust, watched))
+                rows.append(dict(step=i) | means | dict(regulariser=trust.regulariser(options.get("regulariser", "neg_log"))) | check(trust, watched))
                 saved.append({k: r.clone() for k, r in trust.rho.items()})
                 if checkpoint is not None: _keep(trust, checkpoint, begun, rows, saved)
             terms = []
