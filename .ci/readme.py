@@ -1,4 +1,7 @@
-"""README.md, and its picture nbs/index.png, from nbs/index.ipynb:  python .ci/readme.py  writes them,  --check  exits 1 when they are stale."""
+"""README.md, and its picture nbs/index.png, from nbs/index.ipynb.
+
+    python .ci/readme.py          writes them
+    python .ci/readme.py --check  writes nothing; exits 1 when they are stale"""
 import argparse
 import base64
 import posixpath
@@ -18,9 +21,24 @@ shown = ["text/markdown", "text/plain"]  # Of an output's representations, the f
 
 def has(cell, directive: str) -> bool: return bool(re.search(rf"^#\|\s*{directive}\s*$", cell.source, re.MULTILINE))
 
+
+def alt_text(cell) -> str | None:
+    "What stands for the picture that a cell shows."
+    found = re.search(r"^#\|\s*alt:\s*(.+)$", cell.source, re.MULTILINE)
+    return found[1] if found else None
+
+
 def relinked(text: str) -> str:
     "A link relative to nbs/ becomes one relative to the root."
-    return re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)", lambda m: f"]({posixpath.normpath('nbs/' + m[1])}", text)
+    def address(match): return f"]({posixpath.normpath('nbs/' + match[1])}"
+    return re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)", address, text)
+
+
+def check_output(output) -> None:
+    "A README shows text and tables only."
+    kinds = {*output.get("data", {})} - {"text/html"}
+    if output.get("name") == "stdout" or kinds and kinds <= {*shown}: return
+    sys.exit(f"nbs/index.ipynb: a README shows text and tables only, not\n{output}")
 
 
 class Readme(Preprocessor):
@@ -33,32 +51,44 @@ class Readme(Preprocessor):
 
     def shown(self, cell):
         if cell.cell_type == "markdown": return new_markdown_cell(relinked(cell.source))
-        if alt := re.search(r"^#\|\s*alt:\s*(.+)$", cell.source, re.MULTILINE): return new_markdown_cell(f"![{alt[1]}]({picture.relative_to(root).as_posix()})")
-        for output in cell.outputs:
-            kinds = {*output.get("data", {})} - {"text/html"}
-            if output.get("name") != "stdout" and not (kinds and kinds <= {*shown}):
-                sys.exit(f"nbs/index.ipynb: a README shows text and tables only, not\n{output}")
-        if has(cell, "echo: false"): return new_markdown_cell("\n\n".join(relinked(o.data["text/markdown"]) for o in cell.outputs))
-        return new_code_cell(re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE), outputs=cell.outputs)
+        if alt := alt_text(cell): return new_markdown_cell(f"![{alt}]({picture.relative_to(root).as_posix()})")
+        for output in cell.outputs: check_output(output)
+        if has(cell, "echo: false"):
+            return new_markdown_cell("\n\n".join(relinked(o.data["text/markdown"]) for o in cell.outputs))
+        source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
+        return new_code_cell(source, outputs=cell.outputs)
 
 
-def readme() -> tuple[str, bytes]: # Its text and its picture, which is the output of the cell with an `#| alt:`
+def drawn(nb) -> bytes:
+    "The picture: the output of the cell with an `#| alt:`."
+    outputs = [o for cell in nb.cells if alt_text(cell) for o in cell.outputs]
+    found = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    if len(found) != 1: sys.exit(f"nbs/index.ipynb: the cell with `#| alt:` shows {len(found)} pictures, not one")
+    return base64.b64decode(found[0])
+
+
+def readme() -> tuple[str, bytes]:
+    "Its text and its picture."
     exporter = MarkdownExporter(preprocessors=[Readme])
     exporter.display_data_priority = shown
     nb = nbformat.read(root/"nbs"/"index.ipynb", as_version=4)
-    text = exporter.from_notebook_node(nb)[0]
+    png, text = drawn(nb), exporter.from_notebook_node(nb)[0]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip()
-    drawn = [o.data["image/png"] for cell in nb.cells if re.search(r"^#\|\s*alt:", cell.source, re.MULTILINE) for o in cell.outputs if "image/png" in o.get("data", {})]
-    if len(drawn) != 1: sys.exit(f"nbs/index.ipynb: one picture was expected in the cell with `#| alt:`, not {len(drawn)}")
-    return f"<!-- Generated from nbs/index.ipynb by .ci/readme.py: edit the notebook. -->\n\n{text}\n", base64.b64decode(drawn[0])
+    note = "<!-- Generated from nbs/index.ipynb by .ci/readme.py: edit the notebook. -->"
+    return f"{note}\n\n{text}\n", png
+
+
+def is_stale(file: Path, text: str, png: bytes) -> bool:
+    if not (file.exists() and picture.exists()): return True
+    return file.read_text(encoding="utf-8") != text or picture.read_bytes() != png
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when README.md is stale")
     check = parser.parse_args().check
     file, (text, png) = root/"README.md", readme()
-    if file.exists() and file.read_text(encoding="utf-8") == text and picture.exists() and picture.read_bytes() == png: return
+    if not is_stale(file, text, png): return
     if check: sys.exit("README.md or nbs/index.png is stale: run `python .ci/readme.py`")
     file.write_text(text, encoding="utf-8")
     picture.write_bytes(png)

@@ -6,7 +6,7 @@ import matplotlib
 import pytest
 import torch
 
-from nioodd import train
+from nioodd.core import files
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tests' tensors are tiny: two threads are no faster, and on a busy machine far slower
@@ -35,7 +35,7 @@ def dies_before(monkeypatch):
     "dies_before(stop, *modules): a context in which the process \"dies\" (SystemExit) just before it would write its file number `stop`."
     @contextmanager
     def context(stop, *modules):
-        count, real = 0, train.write_atomic
+        count, real = 0, files.write_atomic
 
         def dies(path, content):
             nonlocal count
@@ -43,6 +43,6 @@ def dies_before(monkeypatch):
             if count == stop: raise SystemExit("killed")
             return real(path, content)
         with monkeypatch.context() as patch:
-            for module in (train, *modules): patch.setattr(module, "write_atomic", dies)
+            for module in (files, *modules): patch.setattr(module, "write_atomic", dies)
             yield
     return context

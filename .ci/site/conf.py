@@ -28,10 +28,12 @@ html_static_path, html_css_files, html_favicon = ["_static"], ["style.css"], "_s
 html_js_files = [("search.js", {"defer": "defer", "priority": 900})]
 html_context = {"default_mode": "auto"}
 html_copy_source = html_show_sphinx = False
+html_extra_path = ["llms.txt"]
 html_theme_options = dict(
     logo={"text": site["title"]}, repository_url=site["git_url"], repository_branch=site["branch"], path_to_docs="nbs",
     use_repository_button=True, use_source_button=True, use_download_button=False, use_fullscreen_button=False,
-    navbar_start=[], navbar_center=[], navbar_end=[], navbar_persistent=[], show_toc_level=2, show_navbar_depth=1, home_page_in_toc=False)
+    navbar_start=[], navbar_center=[], navbar_end=[], navbar_persistent=[],
+    show_toc_level=2, show_navbar_depth=1, home_page_in_toc=False)
 copybutton_exclude = ".linenos, .gp, .go"
 
 
@@ -39,7 +41,7 @@ def linkcode_resolve(domain, info): return site["sources"].get(f"{info['module']
 
 
 def only_what_is_there(app, pagename, templatename, context, doctree):
-    "The button to a page's source: GitHub's view of a notebook; none on pages that no file of the repository stands for."
+    "The button to a page's source: GitHub's view of a notebook; none on pages without a file in the repository."
     for group in (g for g in context.get("header_buttons", []) if "buttons" in g):
         for b in group["buttons"]: b["url"] = b.get("url", "").removesuffix("?plain=1")
         if not (Path(app.srcdir)/f"{pagename}.ipynb").is_file():

@@ -35,19 +35,26 @@ def browser():
     with sync_playwright() as p:
         path = next(filter(None, map(shutil.which, NAMES)), None) or p.chromium.executable_path
         if not Path(path).is_file(): pytest.skip("no Chromium: neither on the PATH nor installed by playwright")
-        chromium = p.chromium.launch(executable_path=path, args=["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else [])
+        is_admin = hasattr(os, "geteuid") and os.geteuid() == 0
+        chromium = p.chromium.launch(executable_path=path, args=["--no-sandbox"] if is_admin else [])
         yield chromium
         chromium.close()
 
 
 @pytest.fixture
 def page(browser):
-    "An empty page of 1400×1000. `page.wrong` collects errors of the console and of scripts, `page.asked` the addresses asked for."
+    """An empty page of 1400×1000.
+
+    `page.wrong` collects errors of the console and of scripts, `page.asked` the addresses asked for."""
     context = browser.new_context(viewport=dict(width=1400, height=1000))
-    context.set_default_timeout(180_000)  # a notebook is executed meanwhile, maybe on a busy machine; nothing waits that long otherwise
+    context.set_default_timeout(180_000)  # a notebook is executed meanwhile, maybe on a busy machine
     page = context.new_page()
     page.wrong, page.asked = [], []
-    page.on("console", lambda m: page.wrong.append(f"console: {m.text} ({m.location.get('url', '')})") if m.type == "error" else None)
+
+    def said(message):
+        if message.type == "error": page.wrong.append(f"console: {message.text} ({message.location.get('url', '')})")
+
+    page.on("console", said)
     page.on("pageerror", lambda e: page.wrong.append(f"script: {e}"))
     page.on("request", lambda r: page.asked.append(r.url))
     yield page
@@ -59,7 +66,8 @@ def site_folder(tmp_path_factory) -> Path:
     "The site as .ci/site.py builds it now."
     needs("sphinx", "myst_nb", "sphinx_book_theme", "sphinx_copybutton", "sphinx-mathjax-offline")
     folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run([sys.executable, root/".ci"/"site.py", "--out", folder], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, root/".ci"/"site.py", "--out", folder]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -83,17 +91,23 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def environment(folder: Path) -> dict[str, str]:
+    "Of a server: this checkout, one thread, and no settings but those in `folder`."
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "IPYTHONDIR": str(folder/"ipython")}
+    for kind in ("CONFIG", "DATA", "RUNTIME"): env[f"JUPYTER_{kind}_DIR"] = str(folder/kind.lower())
+    for kind in ("SETTINGS", "WORKSPACES"): env[f"JUPYTERLAB_{kind}_DIR"] = str(folder/kind.lower())
+    env.pop("MPLBACKEND", None)
+    return env
+
+
 @contextmanager
 def server(folder: Path, ready: str, *command):
     "Runs a server until the context ends; its address, once `ready` below it answers."
-    port = free_port()
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS": "1"}
-    for kind in ("CONFIG", "DATA", "RUNTIME"): env[f"JUPYTER_{kind}_DIR"] = str(folder/kind.lower())
-    env |= {"JUPYTERLAB_SETTINGS_DIR": str(folder/"settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder/"workspaces"), "IPYTHONDIR": str(folder/"ipython")}
-    env.pop("MPLBACKEND", None)
-    log = folder/"server.log"
+    port, log = free_port(), folder/"server.log"
     with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, "-m", *command, f"--port={port}"], cwd=folder, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-m", *command, f"--port={port}"], cwd=folder,
+                                   env=environment(folder), stdout=out, stderr=out, stdin=subprocess.DEVNULL)
     try:
         for _ in range(600):
             try:
@@ -111,15 +125,16 @@ def server(folder: Path, ready: str, *command):
 
 
 def copied_notebooks(folder: Path) -> Path:
-    "The notebooks without their outputs: what is seen is what was computed now."
+    "The chapters without their outputs: what is seen is what was computed now."
     import nbformat
     notebooks = folder/"nbs"
-    notebooks.mkdir()
-    for path in (root/"nbs").glob("[0-9]*.ipynb"):
+    for path in (root/"nbs").glob("*/[0-9]*.ipynb"):
         nb = nbformat.read(path, as_version=4)
         for cell in nb.cells:
             if cell.cell_type == "code": cell.outputs = []
-        nbformat.write(nb, notebooks/path.name)
+        copy = notebooks/path.relative_to(root/"nbs")
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(nb, copy)
     return notebooks
 
 
@@ -130,15 +145,22 @@ def lab(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("lab")
     (settings := folder/"settings"/"@jupyterlab"/"notebook-extension").mkdir(parents=True)
     (settings/"tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))
-    with server(folder, "/api/status", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={copied_notebooks(folder)}",
-                "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly",
-                "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=none") as address: yield address
+    options = [
+        "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=",
+        f"--ServerApp.root_dir={copied_notebooks(folder)}",
+        "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly", "--LabApp.news_url=none",
+        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+    ]
+    with server(folder, "/api/status", "jupyterlab", *options) as address: yield address
 
 
 @pytest.fixture(scope="session")
 def voila(tmp_path_factory) -> str:
-    "voila over a copy of the notebooks, without jupytext's extension, which wants a part of JupyterLab that voila has not."
+    "voila over a copy of the notebooks, without jupytext's extension, which wants what only JupyterLab has."
     needs("voila", "ipywidgets")
     folder = tmp_path_factory.mktemp("voila")
-    with server(folder, "/voila/static/voila.js", "voila", str(copied_notebooks(folder)), "--no-browser", "--Voila.ip=127.0.0.1", "--show_tracebacks=True",
-                "--VoilaConfiguration.extension_denylist=jupyterlab-jupytext") as address: yield address
+    options = [
+        str(copied_notebooks(folder)), "--no-browser", "--Voila.ip=127.0.0.1", "--show_tracebacks=True",
+        "--VoilaConfiguration.extension_denylist=jupyterlab-jupytext",
+    ]
+    with server(folder, "/voila/static/voila.js", "voila", *options) as address: yield address

@@ -1,10 +1,14 @@
-"""Every explorer, as its notebook shows it, in JupyterLab and under voila: a slider is moved, the picture changes, nothing goes wrong."""
+"""Every explorer, as its notebook shows it, in JupyterLab and under voila.
+
+A slider is moved, the picture changes, nothing goes wrong."""
 import re
+from pathlib import Path
 
 import pytest
-from conftest import root
 
-SLIDERS = {"31_threshold_desk": "threshold", "32_sibling_explorer": "image", "33_ask": "morph", "34_inversion_studio": "round"}  # one of each, by its label
+root = Path(__file__).resolve().parents[2]
+# One slider of each explorer, by its label
+SLIDERS = {"threshold_desk": "threshold", "siblings": "image", "ask": "morph", "inversion_studio": "round"}
 OPEN = """async path => {
   const app = window.jupyterapp;
   await app.restored;
@@ -27,21 +31,31 @@ BYTES = """async slider => {
 }"""
 
 
+SETTLED = f"""async slider => {{
+  const now = await ({BYTES})(slider), same = now !== null && now === window.seen;
+  window.seen = now;
+  return same && now;
+}}"""
+
+
 def settled(page, slider) -> str:
     "The pictures' bytes, once they have been the same for half a second: all are drawn and on the page."
     page.evaluate("() => { window.seen = null }")
-    return page.wait_for_function(f"async slider => {{ const now = await ({BYTES})(slider), same = now !== null && now === window.seen; window.seen = now; return same && now; }}",
-                                  arg=slider, polling=500).json_value()
+    return page.wait_for_function(SETTLED, arg=slider, polling=500).json_value()
 
 
 def until(page, slider, condition: str, bytes: str) -> str:
     "The pictures' bytes (`now`) as soon as they fulfil a condition."
-    return page.wait_for_function(f"async ([slider, bytes]) => {{ const now = await ({BYTES})(slider); return now !== null && {condition} && now; }}", arg=[slider, bytes]).json_value()
+    script = f"""async ([slider, bytes]) => {{
+      const now = await ({BYTES})(slider);
+      return now !== null && {condition} && now;
+    }}"""
+    return page.wait_for_function(script, arg=[slider, bytes]).json_value()
 
 
-def moved(page, notebook: str) -> None:
+def moved(page, explorer: str) -> None:
     "Moves the slider by its keys, one step there and one back; the pictures follow, and are then what they were."
-    row = page.locator(".widget-slider", has=page.locator(".widget-label", has_text=SLIDERS[notebook])).last
+    row = page.locator(".widget-slider", has=page.locator(".widget-label", has_text=SLIDERS[explorer])).last
     row.wait_for()
     row.scroll_into_view_if_needed()
     slider, handle = row.element_handle(), row.locator(".noUi-handle").first
@@ -62,7 +76,8 @@ DROP = """async field => {
   pen.fillRect(12, 4, 4, 20);
   const dataTransfer = new DataTransfer();
   dataTransfer.items.add(new File([await canvas.convertToBlob()], 'bar.png', { type: 'image/png' }));
-  for (const kind of ['dragover', 'drop']) field.dispatchEvent(new DragEvent(kind, { dataTransfer, bubbles: true, cancelable: true }));
+  for (const kind of ['dragover', 'drop'])
+    field.dispatchEvent(new DragEvent(kind, { dataTransfer, bubbles: true, cancelable: true }));
 }"""
 
 
@@ -75,30 +90,39 @@ def dropped(page) -> None:
     before = settled(page, handle)
     field.evaluate(DROP)
     until(page, handle, "now !== bytes", before)
-    assert field.locator("span").inner_text() == "bar.png" and field.locator("img").evaluate("async img => { await img.decode(); return img.naturalWidth }") == 28
+    assert field.locator("span").inner_text() == "bar.png"
+    assert field.locator("img").evaluate("async img => { await img.decode(); return img.naturalWidth }") == 28
 
 
-def notebook_or_skip(name: str) -> str:
-    if not (root/"nbs"/f"{name}.ipynb").is_file(): pytest.skip(f"there is no nbs/{name}.ipynb")
-    return name
+def notebook_or_skip(explorer: str) -> str:
+    "Path under nbs/ of the chapter on an explorer."
+    found = sorted((root/"nbs"/"explore").glob(f"[0-9][0-9]_{explorer}.ipynb"))
+    if not found: pytest.skip(f"there is no chapter on {explorer} in nbs/explore")
+    return found[0].relative_to(root/"nbs").as_posix()
+
+
+LAB_ERRORS = """[data-mime-type='application/vnd.jupyter.stderr'] .ansi-red-fg,
+.jp-RenderedText[data-mime-type='application/vnd.jupyter.error']"""
+VOILA_ERRORS = ".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], .voila-error"
 
 
 @pytest.mark.parametrize("name", SLIDERS)
 def test_in_jupyterlab(page, lab, name):
     page.goto(f"{lab}/lab?reset")
     page.wait_for_function("() => window.jupyterapp")
-    page.evaluate(OPEN, f"{notebook_or_skip(name)}.ipynb")
-    assert page.locator("[data-mime-type='application/vnd.jupyter.stderr'] .ansi-red-fg, .jp-RenderedText[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    page.evaluate(OPEN, notebook_or_skip(name))
+    assert page.locator(LAB_ERRORS).count() == 0
     moved(page, name)
-    if name == "33_ask": dropped(page)
+    if name == "ask": dropped(page)
     assert not page.wrong, page.wrong
 
 
 @pytest.mark.parametrize("name", SLIDERS)
 def test_under_voila(page, voila, name):
-    page.route(re.compile(r"https://cdn\."), lambda route: route.fulfill(content_type="text/css", body=""))  # its icons; the tests need no network
-    page.goto(f"{voila}/voila/render/{notebook_or_skip(name)}.ipynb")
+    # its icons: the tests need no network
+    page.route(re.compile(r"https://cdn\."), lambda route: route.fulfill(content_type="text/css", body=""))
+    page.goto(f"{voila}/voila/render/{notebook_or_skip(name)}")
     moved(page, name)
-    if name == "33_ask": dropped(page)
-    assert page.locator(".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], .voila-error").count() == 0
+    if name == "ask": dropped(page)
+    assert page.locator(VOILA_ERRORS).count() == 0
     assert not page.wrong, page.wrong

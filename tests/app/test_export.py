@@ -1,0 +1,278 @@
+"""A detector as one file: the same verdicts under PyTorch's and ONNX's runtimes, any batch size, nothing half written."""
+import json
+import math
+import re
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from nioodd.app.cli import main
+from nioodd.app.export import LACKING, TOLERANCE, Exported, Verdict, compare, describe, export, traced
+from nioodd.core.detector import Detector
+from nioodd.core.errors import NiooddError
+from nioodd.core.models import ARCHITECTURES, Classifier
+from nioodd.inversion.detector import GarbageDetector
+from nioodd.posthoc.layerwise import LayerwiseDetector
+from nioodd.trust.agreement import MEASURES
+from nioodd.trust.detector import TrustIntervalDetector
+from nioodd.trust.intervals import uniform_sigma
+
+SHAPE = (1, 8, 8)
+
+
+def images(n, seed=0, shape=SHAPE): return torch.randint(256, (n, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def needs_onnx():
+    for package in ("onnx", "onnxscript", "onnxruntime"): pytest.importorskip(package, reason=f"{package} is not installed: pip install 'nioodd[onnx]'")
+
+
+@pytest.fixture(params=[".pt2", ".onnx"])
+def suffix(request):
+    if request.param == ".onnx": needs_onnx()
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def own_randomness():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    net = Classifier(4, size=8)
+    net(torch.randn(64, *SHAPE))  # batch norm's running statistics leave their initial values
+    return net.eval()
+
+
+@pytest.fixture(scope="module")
+def detectors(network):
+    held_out = images(400, seed=1)
+    return dict(layerwise=LayerwiseDetector(network, classes=["a", "b", "c"], n_known=3).fit(images(200), held_out, false_alarms=0.01), garbage=GarbageDetector(network, classes=["a", "b", "c"]).fit([held_out]),
+                trust=TrustIntervalDetector(network, uniform_sigma(network, 0.2), n=3, n_known=3).fit(held_out=[held_out]))
+
+
+@pytest.fixture(scope="module")
+def written(detectors, tmp_path_factory):
+    "written(name, suffix): that detector's file, made once."
+    folder, made = tmp_path_factory.mktemp("written"), {}
+    def get(name, suffix):
+        if (name, suffix) not in made: made[name, suffix] = export(detectors[name], folder / f"{name}{suffix}", images=images(50, seed=2))
+        return made[name, suffix]
+    return get
+
+
+# The same scores
+
+@pytest.mark.parametrize("name", ["layerwise", "garbage", "trust"])
+def test_same_verdicts_to_1e5_from_the_file_for_any_batch(name, suffix, detectors, written):
+    detector, x = detectors[name], images(700, seed=2)
+    x[350:] = 255 - x[350:] // 4  # what none of them has seen
+    again = Exported(written(name, suffix).path)
+    want, got = detector.verdict(x), again.verdict(x)
+    assert {k: (t.dtype, t.shape) for k, t in got.items()} == {k: (t.dtype, t.shape) for k, t in want.items()}
+    apart = (got["score"] - want["score"]).abs() / want["score"].abs().clamp_min(1)
+    assert TOLERANCE == 1e-5 and (apart <= 1e-5).all()
+    d = compare(detector, again.verdict, x)
+    assert d.images == 700 and d.score == apart.max()
+    assert torch.equal(got["label"], want["label"]) and torch.equal(got["ood"], want["ood"])
+    for n in (0, 1, 2, 7, 501): assert all(len(t) == n for t in again.verdict(x[:n]).values())
+    one = torch.cat([again.verdict(i[None])["score"] for i in x[:20]])
+    torch.testing.assert_close(one, got["score"][:20], rtol=1e-5, atol=1e-5)
+
+
+def flat(gain=1.0):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+    with torch.no_grad(): net[1].weight.normal_(0, gain)
+    return net.eval()
+
+
+@pytest.mark.parametrize("name, suffix", [("C3", ".onnx"), ("linear", ".onnx"), ("C1", ".pt2"), ("C4", ".pt2")])
+def test_any_network(name, suffix, tmp_path):
+    if suffix == ".onnx": needs_onnx()
+    if name == "linear": net, shape = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)), SHAPE
+    else:
+        net = ARCHITECTURES[name]()
+        shape = (net.arguments["channels"], net.arguments["size"], net.arguments["size"])
+    x, state = images(120, shape=shape), net.train().state_dict()
+    before = {k: t.clone() for k, t in state.items()}
+    d = LayerwiseDetector(net).fit(x[:40], x[40:], dimensions=16)
+    made = export(d, tmp_path / f"d{suffix}", size=shape[1], channels=shape[0], images=images(24, seed=3, shape=shape))
+    assert made.difference.score <= 1e-5 and (made.size, made.channels) == (shape[1], shape[0])
+    assert net.training and all(torch.equal(t, before[k]) for k, t in net.state_dict().items()) and all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_every_measure_of_siblings(measure):
+    "The graph that is translated to ONNX, run by PyTorch."
+    net, x = flat(), images(300, seed=2)
+    d = TrustIntervalDetector(net, uniform_sigma(net, 0.3), measure=measure).fit(held_out=images(80, seed=1))
+    program = traced(d, 8, 1).run_decompositions(LACKING)
+    assert not {n.target for n in program.graph.nodes} & {*LACKING}
+    assert compare(d, program.module(), x).score <= 1e-5
+
+
+def test_siblings_that_are_certain(tmp_path):
+    "Where log1p and expm1 matter: probabilities within 1e-20 of 1, and siblings that differ by little."
+    needs_onnx()
+    net, x = flat(10.0), images(300, seed=4)
+    d = TrustIntervalDetector(net, uniform_sigma(net, 1e-4), threshold=0.0)
+    assert d.predict(x).amin() < -50
+    assert export(d, tmp_path / "d.onnx", size=8, channels=1, images=x).difference.score <= 1e-5
+
+
+def test_a_detector_of_ones_own_with_a_verdict(network, suffix, tmp_path):
+    class Louder(GarbageDetector):
+        def predict_logits(self, logits): return 2 * super().predict_logits(logits)
+    own = Louder(network, threshold=0.5)
+    made = export(own, tmp_path / f"d{suffix}")
+    torch.testing.assert_close(made.verdict(images(9))["score"], 2 * GarbageDetector(network).predict(images(9)), rtol=1e-5, atol=1e-5)
+
+
+# What ONNX lacks
+
+def test_replacements_are_what_they_replace():
+    log1p, expm1, searchsorted, pool = LACKING.values()
+    for dtype, rtol in ((torch.float64, 2e-12), (torch.float32, 2e-3)):
+        x = torch.logspace(-20, -0.001, 999, dtype=dtype)
+        for s in (-1, 1):
+            torch.testing.assert_close(log1p(s * x), torch.log1p(s * x), rtol=rtol, atol=0)
+            torch.testing.assert_close(expm1(s * x), torch.expm1(s * x), rtol=rtol, atol=0)
+    assert log1p(torch.tensor(-1.0)) == -math.inf and expm1(torch.tensor(3.0)) == torch.expm1(torch.tensor(3.0))
+    edges, x = torch.tensor([0.0, 1, 1, 1, 5]), torch.tensor([[-1.0, 0, 1], [2, 5, math.inf]])
+    for right in (False, True): assert torch.equal(searchsorted(edges, x, right=right), torch.searchsorted(edges, x, right=right))
+    for h, w, out in ((8, 8, 4), (7, 5, 4), (3, 9, 3), (5, 5, 1)):
+        m = torch.randn(2, 3, h, w)
+        assert torch.equal(pool(m, [out, out])[0], nn.functional.adaptive_max_pool2d(m, out))
+
+
+# What the file says
+
+def test_thresholds_of_false_alarms(detectors):
+    d, scores = detectors["layerwise"], detectors["layerwise"].predict(images(300, seed=5))
+    shares = describe(d, 8, 1)["false_alarms"]
+    assert list(shares) == ["0.005", "0.01", "0.02", "0.05", "0.1", "0.2"]  # 200 calibrate: none smaller than 1/201
+    for a, t in shares.items(): assert torch.equal(scores > t, d.p_values(scores) <= float(a))
+    assert "false_alarms" not in describe(detectors["garbage"], 8, 1)
+
+
+def test_metadata(detectors, suffix, written):
+    e = written("layerwise", suffix)
+    assert Exported(e.path).about == e.about == describe(detectors["layerwise"], 8, 1)
+    assert e.classes == ["a", "b", "c"] and e.threshold == detectors["layerwise"].threshold and e.about["detector"] == "LayerwiseDetector"
+    if suffix == ".onnx":
+        import onnx
+        model = onnx.load(e.path)
+        onnx.checker.check_model(model)
+        assert json.loads({p.key: p.value for p in model.metadata_props}["threshold"]) == e.threshold
+        (given,) = model.graph.input
+        assert given.name == "images" and [o.name for o in model.graph.output] == ["label", "uncertainty", "p_value", "score", "ood"]
+        assert given.type.tensor_type.elem_type == onnx.TensorProto.UINT8 and given.type.tensor_type.shape.dim[0].dim_param
+
+
+# What is not the same, and what cannot be
+
+def test_a_difference_is_found(detectors):
+    x = images(40, seed=6)
+    for d in detectors.values():
+        same = {k: t.clone() for k, t in d.verdict(x).items()}
+        compare(d, lambda _: same, x)
+        for k, change in dict(score=lambda t: t * (1 + 3e-4), label=lambda t: (t + 1) % 3, ood=torch.logical_not, uncertainty=lambda t: t + 1e-4, p_value=lambda t: t + 0.5).items():
+            if k not in same: continue
+            with pytest.raises(NiooddError, match=rf"its {k} of \d+ among 40"): compare(d, lambda _: same | {k: change(same[k])}, x)
+        with pytest.raises(NiooddError, match="its score of 40"): compare(d, lambda _: same | dict(score=same["score"] * math.nan), x)
+
+
+def test_nothing_is_written_when_the_scores_differ(network, suffix, tmp_path):
+    class Changed(GarbageDetector):
+        def predict_logits(self, logits): return super().predict_logits(logits) * (1 if torch.compiler.is_compiling() else 1.01)
+    (tmp_path / f"d{suffix}").write_text("what was there")
+    with pytest.raises(NiooddError, match="does not judge as the detector does"): export(Changed(network, threshold=0.0), tmp_path / f"d{suffix}")
+    assert [p.name for p in tmp_path.iterdir()] == [f"d{suffix}"] and (tmp_path / f"d{suffix}").read_text() == "what was there"
+
+
+def test_what_is_no_number_is_ood(network):
+    net = nn.Sequential(network, nn.Linear(4, 4, bias=False)).eval()
+    with torch.no_grad(): net[1].weight.fill_(math.inf)
+    program = traced(GarbageDetector(net, threshold=0.0), 8, 1)
+    v = program.module()(images(3))
+    assert v["score"].isnan().all() and v["ood"].all()
+
+
+def one_line(f, *args, **kwargs):
+    with pytest.raises(NiooddError) as e: f(*args, **kwargs)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_errors_in_one_line(network, detectors, tmp_path):
+    class Moody(nn.Module):
+        def __init__(self): super().__init__(); self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+        def forward(self, x): return self.body(x if x.mean() > 0 else -x)
+    class Bare(Detector):
+        def predict(self, x): return self.logits(x)[:, 0].double()
+    out = tmp_path / "d.pt2"
+    assert "Moody cannot be exported" in one_line(export, GarbageDetector(Moody(), threshold=0.0), out, 8, 1)
+    assert "does not say which images" in one_line(export, GarbageDetector(Moody(), threshold=0.0), out)
+    assert "has no threshold" in one_line(export, GarbageDetector(network), out)
+    assert "has no verdict" in one_line(Verdict, Bare(network, threshold=0.0))
+    assert "knows no images yet" in one_line(export, LayerwiseDetector(network, threshold=0.0), out)
+    assert "neither .onnx nor .pt2" in one_line(export, detectors["garbage"], tmp_path / "d.zip")
+    assert "this network takes [N, 1, 8, 8]" in one_line(export, detectors["garbage"], out, size=9)
+    assert not list(tmp_path.iterdir())
+    e = export(detectors["garbage"], out)
+    for bad in (images(2).float(), images(2, shape=(1, 9, 8)), images(2)[0]): assert "takes uint8 [B, 1, 8, 8]" in one_line(e.verdict, bad)
+    assert "cannot read" in one_line(Exported, tmp_path / "missing.pt2")
+    out.write_bytes(out.read_bytes()[:500])
+    assert "cannot be read" in one_line(Exported, out)
+    torch.export.save(torch.export.export(network, (torch.zeros(2, *SHAPE),)), out)
+    assert "does not say what it is" in one_line(Exported, out)
+
+
+def test_without_onnx_one_line(detectors, tmp_path, monkeypatch):
+    import importlib
+    real = importlib.import_module
+    def absent(name, *args):
+        if name.startswith("onnx"): raise ImportError(name)
+        return real(name, *args)
+    monkeypatch.setattr("nioodd.app.export.import_module", absent)
+    assert "pip install 'nioodd[onnx]'" in one_line(export, detectors["garbage"], tmp_path / "d.onnx")
+    (tmp_path / "e.onnx").write_bytes(b"x")
+    assert "pip install 'nioodd[onnx]'" in one_line(Exported, tmp_path / "e.onnx")
+    assert export(detectors["garbage"], tmp_path / "d.pt2").difference.score <= 1e-5
+
+
+# The command line
+
+def test_export_and_score_from_the_command_line(detectors, suffix, tmp_path, capsys):
+    d = detectors["layerwise"]
+    d.save(tmp_path / "guard")
+    for i, image in enumerate(images(3, seed=8)): Image.fromarray(image[0].numpy()).save(tmp_path / f"{i}.png")
+    files = sorted(map(str, tmp_path.glob("*.png")))
+    out = tmp_path / f"d{suffix}"
+    assert main(["export", str(tmp_path / "guard"), "--out", str(out)]) == 0
+    assert re.search(r"uint8 \[B, 1, 8, 8\] to label, uncertainty, p_value, score, ood", capsys.readouterr().out)
+    rows = []
+    for judge in (tmp_path / "guard", out):
+        assert main(["score", str(judge), *files, "--format", "json"]) == 0
+        rows.append(json.loads(capsys.readouterr().out))
+    assert [r["class"] for r in rows[0]] == [r["class"] for r in rows[1]] and [*rows[0][0]] == [*rows[1][0]]
+    for a, b in zip(*rows): assert b["score"] == pytest.approx(a["score"], rel=1e-5, abs=1e-5) and a["ood"] == b["ood"]
+
+
+def test_command_line_errors(detectors, tmp_path, capsys):
+    detectors["garbage"].save(tmp_path / "run")
+    def error(*argv):
+        assert main(list(map(str, argv))) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("nioodd: error: ") and err.count("\n") == 1
+        return err
+    assert "neither .onnx nor .pt2" in error("export", tmp_path / "run", "--out", tmp_path / "d.txt")
+    assert "does not exist" in error("export", tmp_path / "nothing", "--out", tmp_path / "d.pt2")
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    assert "neither .onnx nor .pt2" in error("score", tmp_path / "run" / "detector.json", tmp_path / "a.png")

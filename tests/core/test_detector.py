@@ -1,0 +1,330 @@
+"""The detector interface: threshold, yes/no, files, and life inside pytorch-ood."""
+import copy
+import json
+import math
+
+import pytest
+import torch
+from pytorch_ood.benchmark import Benchmark
+from pytorch_ood.detector import EnergyBased
+from pytorch_ood.metrics import OODMetrics
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nioodd.core.detector import Detector
+from nioodd.core.errors import NiooddError
+from nioodd.core.forward import as_input, batches, logits_of
+from nioodd.core.images import to_input
+from nioodd.core.metrics import ood_metrics
+from nioodd.core.models import Classifier
+from nioodd.core.scores import garbage_log_odds
+from nioodd.inversion.detector import GarbageDetector
+
+SHAPE = (1, 8, 8)
+
+
+def images(n, low=0, high=256, seed=0): return torch.randint(low, high, (n, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Classifier(4, size=8)
+        net(torch.randn(64, *SHAPE))  # batch norm's running statistics leave their initial values
+    return net
+
+
+@pytest.fixture
+def own():
+    "A user's network: not a Classifier, with tied weights and a buffer."
+    class Own(nn.Module):
+        def __init__(self, width=16):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Linear(width, 4)
+            self.tied = self.head
+
+        def forward(self, x): return self.tied(self.norm(self.conv(x)).mean((2, 3)))
+    return Own
+
+
+@pytest.fixture
+def detector(network):
+    d = GarbageDetector(network, classes=["a", "b", "c"])
+    d.calibrate(d.predict(images(200)))
+    return d
+
+
+def test_score_is_the_log_odds_of_the_last_output(network):
+    x = images(7)
+    score = GarbageDetector(network, n_known=3).predict(x)
+    assert score.dtype == torch.float64 and score.shape == (7,)
+    assert torch.equal(score, garbage_log_odds(network.eval()(to_input(x).clone(memory_format=torch.channels_last))))
+
+
+def test_uint8_and_float_images_score_alike(detector):
+    assert torch.equal(detector.predict(images(5)), detector.predict(to_input(images(5))))
+
+
+def test_mode_and_gradients_are_left_alone(detector, network):
+    network.train(); network.body.eval()
+    before = [m.training for m in network.modules()]
+    detector.verdict(images(3))
+    with pytest.raises(NiooddError): detector.predict(torch.zeros(2, 1, 9, 9))
+    assert [m.training for m in network.modules()] == before
+    assert all(p.requires_grad and p.grad is None for p in network.parameters())
+
+
+def test_many_images_at_once_equal_one_by_one(detector):
+    x = images(13)
+    torch.testing.assert_close(logits_of(detector.model, x, batch_size=5), torch.cat([detector.logits(i[None]) for i in x]), rtol=1e-4, atol=1e-5)
+    assert detector.predict(x[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("false_alarms", [0.005, 0.05, 0.5, 0.99])
+def test_threshold_from_scores_and_from_a_loader(network, false_alarms):
+    "Of n images that calibrate, floor(α(n + 1)) have p ≤ α, the one at the threshold among them; it is accepted."
+    x, d = images(199), GarbageDetector(network)
+    assert d.calibrate(d.predict(x), false_alarms) is d
+    assert d.is_ood(x).sum().item() == math.floor(false_alarms * 200 + 1e-9) - 1
+    assert torch.equal(d.is_ood(x), d.is_ood(x, false_alarms))
+    for given in (dict(held_out=DataLoader(x, batch_size=199)), dict(train=x), dict(train=images(3), held_out=x)):
+        other = GarbageDetector(network).fit(**given, false_alarms=false_alarms)
+        assert other.threshold == pytest.approx(d.threshold, rel=1e-5)
+
+
+def test_too_few_images_to_calibrate_by(network):
+    d = GarbageDetector(network)
+    with pytest.raises(NiooddError, match="expected a share from 0.053 to 1"): d.fit(held_out=images(18))
+    d.fit(held_out=images(19))
+    with pytest.raises(NiooddError, match="hold out more"): d.is_ood(images(2), false_alarms=0.01)
+    for share in (0, 1, -1, float("nan")):
+        with pytest.raises(NiooddError, match="false_alarms is"): d.calibrate(torch.randn(50), share)
+    with pytest.raises(NiooddError, match="expected fit"): d.fit()
+
+
+def test_any_score_has_p_values_that_come_back_from_a_file(network, tmp_path):
+    d = GarbageDetector(network).fit(held_out=images(99))
+    scores = d.predict(images(20, seed=5))
+    counted = [(1 + (d.calibration >= s).sum().item()) / 100 for s in scores]
+    assert d.p_values(scores).tolist() == counted and torch.equal(d.verdict(images(20, seed=5))["p_value"], d.p_values(scores))
+    again = Detector.load(d.save(tmp_path))
+    assert torch.equal(again.calibration, d.calibration) and torch.equal(again.p_values(scores), d.p_values(scores))
+
+
+def test_a_score_that_is_not_a_number_is_rejected(network):
+    d = GarbageDetector(network).fit(held_out=images(99))
+    nan = torch.tensor([float("nan"), -1e9])
+    assert d.rejects(nan).tolist() == d.rejects(nan, 0.05).tolist() == [True, False] and d.p_values(nan)[0] == 0.01
+
+
+def test_ties_are_accepted(detector):
+    class Constant(Detector):
+        def predict(self, x): return x.flatten(1).double().mean(1).round()
+    d = Constant(detector.model).fit(held_out=[torch.zeros(50, *SHAPE)])
+    assert d.threshold == 0 and not d.is_ood(torch.zeros(3, *SHAPE)).any() and d.is_ood(torch.ones(3, *SHAPE)).all()
+
+
+def test_fit_returns_self_and_leaves_out_ood_images(network):
+    i, o = images(100), images(50, high=20, seed=1)
+    labels = torch.cat([torch.zeros(100), -torch.ones(50)]).long()
+    loader = DataLoader(TensorDataset(torch.cat([i, o]), labels), batch_size=40)  # the last batch is OOD only
+    d = GarbageDetector(network)
+    assert d.fit(loader) is d and not d.requires_fit
+    assert d.threshold == pytest.approx(GarbageDetector(network).fit([i]).threshold, rel=1e-5)
+    with pytest.raises(NiooddError, match="empty"): d.fit([])
+
+
+def test_no_yes_or_no_without_a_threshold(network):
+    d = GarbageDetector(network)
+    d.predict(images(2))
+    for ask in (d.is_ood, d.verdict):
+        with pytest.raises(NiooddError, match="no threshold"): ask(images(2))
+
+
+def test_verdict(detector):
+    x = images(30)
+    v, p = detector.verdict(x), detector.logits(x).double().softmax(1)
+    assert {k: (t.dtype, len(t)) for k, t in v.items()} == dict(label=(torch.int64, 30), uncertainty=(torch.float64, 30), garbage_probability=(torch.float64, 30),
+                                                                score=(torch.float64, 30), ood=(torch.bool, 30))
+    assert torch.equal(v["label"], p[:, :3].argmax(1)) and torch.equal(v["ood"], detector.is_ood(x)) and torch.equal(v["score"], detector.predict(x))
+    torch.testing.assert_close(v["garbage_probability"], p[:, 3])
+    known = p[:, :3] / p[:, :3].sum(1, keepdim=True)
+    torch.testing.assert_close(v["uncertainty"], (1 - (known**2).sum(1)) * 3 / 2)
+
+
+@pytest.mark.parametrize("bad, word", [
+    (torch.zeros(8, 8), "shape [8, 8]"), (torch.zeros(SHAPE), "image[None]"), (torch.zeros(2, 3, 8, 8), "[2, 3, 8, 8]"), (torch.zeros(2, 1, 8, 9), "[2, 1, 8, 9]"),
+    (torch.zeros(2, *SHAPE).long(), "int64"), (images(2).float(), "reach"), (torch.full((2, *SHAPE), float("nan")), "NaN")])
+def test_bad_images(detector, bad, word):
+    with pytest.raises(NiooddError) as e: detector.predict(bad)
+    assert word in str(e.value) and "\n" not in str(e.value)
+
+
+def test_bad_construction(network):
+    with pytest.raises(NiooddError, match="4 outputs; expected 5"): GarbageDetector(network, n_known=4)
+    with pytest.raises(NiooddError, match="2 class names"): GarbageDetector(network, n_known=3, classes=["a", "b"])
+    with pytest.raises(NiooddError, match="3 outputs; expected 4"): GarbageDetector(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), n_known=3).predict(images(2))
+
+
+# Files
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_saved_and_loaded_scores_are_bit_identical(detector, tmp_path, channels_last):
+    if channels_last: detector.model.to(memory_format=torch.channels_last)
+    x, folder = images(100, seed=5), tmp_path/"new"/"folder"
+    assert detector.save(folder) == folder
+    assert sorted(p.name for p in folder.iterdir()) == ["detector.json", "model.safetensors"]
+    for cls in (GarbageDetector, Detector):
+        loaded = cls.load(folder)
+        assert type(loaded) is GarbageDetector and loaded.classes == ["a", "b", "c"] and loaded.n_known == 3
+        assert loaded.threshold == detector.threshold and not loaded.model.training
+        assert torch.equal(loaded.predict(x), detector.predict(x)) and torch.equal(loaded.is_ood(x), detector.is_ood(x))
+
+
+def test_save_without_threshold_and_over_an_earlier_one(network, detector, tmp_path):
+    detector.save(tmp_path)
+    GarbageDetector(network).save(tmp_path)
+    assert GarbageDetector.load(tmp_path).threshold is None and GarbageDetector.load(tmp_path).classes is None
+
+
+def test_own_network(own, tmp_path):
+    a = GarbageDetector(own())
+    a.fit([images(50)]).save(tmp_path)
+    with pytest.raises(NiooddError, match="load\\(folder, model=...\\)"): GarbageDetector.load(tmp_path)
+    into = own()
+    b = GarbageDetector.load(tmp_path, model=into)
+    assert b.model is into and torch.equal(a.predict(images(9)), b.predict(images(9))) and b.threshold == a.threshold
+
+
+def test_wrong_architecture_lists_what_differs_and_leaves_the_network_alone(own, tmp_path):
+    GarbageDetector(own(16)).save(tmp_path)
+    for wrong, words in ((own(8), ("conv.weight is [16, 1, 3, 3] float32 in the file, [8, 1, 3, 3] float32 in the network", "more")),
+                         (own(16).double(), ("float32 in the file", "float64 in the network")),
+                         (nn.Linear(3, 3), ("conv.weight is not in the network", "do not fit this Linear")),
+                         (nn.Sequential(), ("not in the network",))):
+        before = copy.deepcopy(wrong.state_dict())
+        with pytest.raises(NiooddError) as e: GarbageDetector.load(tmp_path, model=wrong)
+        assert all(w in str(e.value) for w in words) and "\n" not in str(e.value)
+        assert all(torch.equal(before[k], v) for k, v in wrong.state_dict().items())
+
+
+def damage(folder, how):
+    model, described = folder/"model.safetensors", folder/"detector.json"
+    text = described.read_text()
+    if how == "no json": described.unlink()
+    elif how == "no weights": model.unlink()
+    elif how == "json cut short": described.write_text(text[:len(text) // 2])
+    elif how == "json of something else": described.write_text("[1, 2]")
+    elif how == "weights cut short": model.write_bytes(model.read_bytes()[:-100])
+    elif how == "weights empty": model.write_bytes(b"")
+    elif how == "one bit": model.write_bytes((b := bytearray(model.read_bytes()))[:-1] + bytes([b[-1] ^ 1]))
+    elif how == "later format": described.write_text(json.dumps(json.loads(text) | dict(format=99)))
+    elif how == "unknown kind": described.write_text(json.dumps(json.loads(text) | dict(detector="GarbageDetecter")))
+    elif how == "unknown argument": described.write_text(json.dumps(json.loads(text) | dict(arguments=dict(n_unknown=3))))
+    elif how == "network null": described.write_text(json.dumps(json.loads(text) | dict(network=None)))
+    elif how == "network of nothing": described.write_text(json.dumps(json.loads(text) | dict(network={})))
+    elif how == "format in words": described.write_text(json.dumps(json.loads(text) | dict(format="one")))
+    elif how == "other size": described.write_text(text.replace('"size": 8', '"size": 16'))
+
+
+@pytest.mark.parametrize("how, word", [
+    ("no folder", "does not exist"), ("no json", "no detector.json"), ("no weights", "does not exist"), ("json cut short", "detector.json lacks"),
+    ("json of something else", "detector.json lacks"), ("weights cut short", "cannot be read"), ("weights empty", "cannot be read"), ("one bit", "checksum"),
+    ("later format", "format 99"), ("unknown kind", "did you mean 'GarbageDetector'"), ("unknown argument", "n_unknown"), ("other size", "do not fit"),
+    ("network null", "lacks network"), ("network of nothing", "lacks network.arguments"), ("format in words", "lacks format")])
+def test_damaged_files(detector, tmp_path, how, word):
+    detector.save(tmp_path)
+    damage(tmp_path, how)
+    with pytest.raises(NiooddError) as e: Detector.load(tmp_path/"absent" if how == "no folder" else tmp_path)
+    assert word in str(e.value) and "\n" not in str(e.value)
+
+
+def test_power_failure_between_the_two_files_is_noticed(detector, network, tmp_path, monkeypatch):
+    detector.save(tmp_path)
+    with torch.no_grad(): network.head.bias += 1
+
+    def fail(*_): raise KeyboardInterrupt
+    monkeypatch.setattr("nioodd.core.detector.write_atomic", fail)
+    with pytest.raises(KeyboardInterrupt): detector.save(tmp_path)
+    with pytest.raises(NiooddError, match="is not the file that detector.json was saved with"): Detector.load(tmp_path)
+
+
+def test_loading_runs_no_code(detector, tmp_path, monkeypatch):
+    detector.save(tmp_path)
+
+    def refuse(*_, **__): raise AssertionError("unpickled")
+    for name in ("pickle.load", "pickle.loads", "torch.load"): monkeypatch.setattr(name, refuse)
+    Detector.load(tmp_path)
+
+
+def test_what_a_subclass_learns_is_saved_too(network, tmp_path):
+    class Shifted(GarbageDetector):
+        def learn(self, train, held_out):
+            self.shift = torch.tensor(2.5, dtype=torch.float64)
+            return held_out
+
+        def predict(self, x): return super().predict(x) + self.shift
+        def learnt(self): return dict(shift=self.shift)
+        def restore(self, tensors): self.shift = tensors["shift"]
+    a = Shifted(network).fit([images(20)])
+    b = Detector.load(a.save(tmp_path))
+    assert type(b) is Shifted and torch.equal(a.predict(images(4)), b.predict(images(4)))
+    with pytest.raises(NiooddError, match="unknown kind of detector 'GarbageDetector'"): Shifted.load(GarbageDetector(network).save(tmp_path))
+
+
+# Inside pytorch-ood
+
+class Small(Benchmark):
+    "One ID set of tensors and two OOD sets."
+    ood_names = ["dark", "noise"]
+    known, labels = images(60, 100, 256, seed=1), torch.arange(60) % 3
+    unknown = dict(dark=images(40, 0, 50, seed=2), noise=images(30, seed=3))
+
+    def train_set(self): return TensorDataset(self.known, self.labels)
+
+    def test_sets(self, known=True, unknown=True):
+        return [TensorDataset(torch.cat([self.known, o]), torch.cat([self.labels, -torch.ones(len(o), dtype=torch.long)])) for o in self.unknown.values()]
+
+
+@pytest.mark.parametrize("batch_size", [7, 32])
+def test_drops_into_the_benchmark(network, batch_size):
+    benchmark = Small()
+    network.train()  # as training left it: the benchmark does not switch it
+    d = GarbageDetector(network).fit(DataLoader(benchmark.train_set(), batch_size=32))
+    rows = benchmark.evaluate(d, loader_kwargs=dict(batch_size=batch_size))
+    assert [r["Dataset"] for r in rows] == benchmark.ood_names and network.training
+    for r in rows:
+        # the same batches as the benchmark's: a score's last bits depend on the batch it was computed in
+        scores = torch.cat([d.predict(x) for x in torch.cat([benchmark.known, benchmark.unknown[r["Dataset"]]]).split(batch_size)])
+        m = ood_metrics(scores[:60], scores[60:])
+        assert [r["AUROC"], r["AUPR-IN"], r["AUPR-OUT"], r["FPR95TPR"]] == pytest.approx([m["auroc"], m["aupr_in"], m["aupr_out"], m["fpr95_ood_positive"]], rel=0, abs=1e-12)
+
+
+def test_stands_beside_another_detector_in_one_benchmark(network):
+    class Floats(Small):
+        known, unknown = to_input(Small.known), {k: to_input(v) for k, v in Small.unknown.items()}
+    rows = Floats().evaluate([GarbageDetector(network), EnergyBased(network.eval())], loader_kwargs=dict(batch_size=32))
+    assert [r["Detector"] for r in rows] == ["GarbageDetector", "EnergyBased"] * 2 and all(0 <= r["AUROC"] <= 1 for r in rows)
+
+
+def test_drops_into_oodmetrics(detector):
+    metrics, i, o = OODMetrics(), images(50), images(50, high=60)
+    for x, y in ((i, torch.zeros(50).long()), (o, -torch.ones(50).long())): metrics.update(detector(x), y)
+    assert metrics.compute()["AUROC"] == pytest.approx(ood_metrics(detector(i), detector(o))["auroc"], abs=1e-12)
+
+
+def test_as_input_keeps_floats_as_they_are():
+    x = torch.randn(2, *SHAPE, dtype=torch.float64)
+    assert as_input(x) is x
+
+
+def test_parts_do_not_depend_on_what_was_asked_before():
+    "The same sizes in the first call and the next, the mode and batch norm's statistics untouched; no hook stays where the network fails."
+    net = nn.Sequential(nn.Conv2d(1, 512, 1), nn.BatchNorm2d(512), nn.Flatten(), nn.Linear(512 * 64, 4)).train() # 131 kB of an image
+    calls = []
+    for n in (10, 40, 300, 300): calls.append([len(p) for p in batches(net, torch.zeros(n, 1, 8, 8))])
+    assert calls == [[10], [40], [150, 150], [150, 150]]                            # 122 suit it: rather two of 150 than a third of 56
+    assert net.training and net[1].num_batches_tracked == 0
+    with pytest.raises(RuntimeError): batches(net, torch.zeros(40, 3, 8, 8))
+    assert not [m for m in net.modules() if m._forward_hooks]

@@ -1,0 +1,291 @@
+"""Runs from outside, as a user sees them: resume after kills, one-line errors, what is left behind."""
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nioodd.app.cli import main
+from nioodd.core import files
+from nioodd.core.datasets import Problem
+from nioodd.core.errors import NiooddError
+from nioodd.core.files import load_tensors
+from nioodd.core.images import ImageSet
+from nioodd.core.options import with_values
+from nioodd.inversion import loop as loop_module
+from nioodd.inversion.config import Config
+from nioodd.inversion.loop import Loop, judge, run
+
+TINY = ["rounds=3", "pretrain_epochs=1", "generator_steps=8", "samples=44", "eval_images=50", "ood_sets=squares", "size=12",
+        "average=0.9", "pixel_images=20", "pixel_steps=2", "noise=gaussian,tiles", "temperature=0.3"]
+
+
+def squares(n, seed, classes=3):
+    "Three kinds of 12×12 images that are quickly told apart: bright left, right or middle."
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    images = torch.randint(0, 60, (n, 1, 12, 12), generator=g, dtype=torch.uint8)
+    for k in range(classes): images[labels == k, :, 3:9, 4 * k:4 * k + 4] += 150
+    return ImageSet("squares", images, labels, [str(k) for k in range(classes)])
+
+
+@pytest.fixture
+def problem():
+    noise = ImageSet("squares", torch.randint(0, 256, (60, 1, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(9)), None, [])
+    return Problem(squares(120, 0), squares(60, 1), {"squares": noise})
+
+
+@pytest.fixture
+def config(): return with_values(Config(), TINY)
+
+
+def same_files(a: Path, b: Path, rounds: int):
+    for name in [f"classifiers/round_{r:03d}" for r in range(rounds + 1)] + [f"samples/round_{r:03d}" for r in range(1, rounds + 1)] + [
+            f"checkpoints/round_{rounds:03d}", "logits/after", "model"]:
+        x, y = (load_tensors(d / f"{name}.safetensors")[0] for d in (a, b))
+        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
+
+
+# --- resume --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stop", (3, 8, 10, 13))
+def test_resume_from_any_file_is_bit_identical(problem, config, tmp_path, dies_before, stop):
+    "The process dies just before the file with that number would be written, is resumed, and ends as an uninterrupted run."
+    whole = run(config, tmp_path / "whole", problem=problem, progress=False)
+    with dies_before(stop, loop_module):
+        try: run(config, tmp_path / "part", problem=problem, progress=False)
+        except SystemExit: pass
+    part = run(config, tmp_path / "part", problem=problem, resume=True, progress=False)
+    same_files(tmp_path / "whole", tmp_path / "part", config.rounds)
+    assert part["after"] == whole["after"] and part["before"] == whole["before"]
+
+
+forks = multiprocessing.get_context("forkserver")       # its children begin with PyTorch loaded
+forks.set_forkserver_preload(["nioodd.inversion.loop"])
+
+
+def work(out: str, resume: bool):
+    "A run in a process of its own, to be killed."
+    torch.set_num_threads(1)
+    problem = Problem(squares(900, 0), squares(60, 1), {"squares": squares(60, 2)})
+    run(with_values(Config(), [*TINY, "rounds=6", "generator_steps=20"]), out, problem=problem, resume=resume, progress=False)
+
+
+def finished_rounds(out):
+    try: return json.loads((out / "run.json").read_text())["rounds_done"]
+    except (FileNotFoundError, json.JSONDecodeError): return -2
+
+
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    "SIGKILL at five random moments: the resumed run's final weights are those of a run that was left alone."
+    whole = forks.Process(target=work, args=(str(tmp_path / "whole"), False))
+    began = time.perf_counter()
+    whole.start(); whole.join(300)
+    one_round = (time.perf_counter() - began) / 8
+    assert whole.exitcode == 0
+    rng, out, kills = random.Random(0), tmp_path / "part", 0
+    for _ in range(5):
+        p, before = forks.Process(target=work, args=(str(out), out.exists())), finished_rounds(out)
+        p.start()
+        while p.is_alive() and finished_rounds(out) <= before: time.sleep(0.005)
+        until = time.perf_counter() + rng.random() * one_round
+        while time.perf_counter() < until and finished_rounds(out) <= before + 1: time.sleep(0.005) # or the machine has become faster than it was
+        p.kill(); p.join(60)
+        kills += p.exitcode == -signal.SIGKILL
+    assert kills >= 3                                   # the last may find the run finished
+    p = forks.Process(target=work, args=(str(out), True))
+    p.start(); p.join(300)
+    assert p.exitcode == 0
+    same_files(tmp_path / "whole", out, 6)
+
+
+def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
+    "The real command, interrupted after its first round."
+    tiny = [f"--set={s}" for s in ("rounds=9", "pretrain_epochs=1", "train_images=600", "generator_steps=15", "samples=110", "ood_sets=uniform", "eval_images=100", "size=16")]
+    p = subprocess.Popen([sys.executable, "-c", "import sys; from nioodd.app.cli import main; sys.exit(main())", "run", *tiny, "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a background job of a shell is born ignoring it
+    while p.poll() is None and finished_rounds(tmp_path / "run") < 0: time.sleep(0.05)
+    p.send_signal(signal.SIGINT)
+    err = p.communicate(timeout=60)[1]
+    assert p.returncode == 130 and "Traceback" not in err
+    assert f"nioodd run --resume --out {tmp_path / 'run'}" in err.splitlines()[-1]
+    assert not [f for f in (tmp_path / "run").rglob(".*")]            # nothing half-written
+
+
+def test_resume_with_a_changed_configuration(problem, config, tmp_path):
+    run(config, tmp_path / "r", problem=problem, progress=False)
+    with pytest.raises(NiooddError, match="lr: 0.001 → 0.01"):
+        run(with_values(config, ["lr=0.01"]), tmp_path / "r", problem=problem, resume=True, progress=False)
+
+
+def test_checkpoint_cut_short(problem, config, tmp_path):
+    run(config, tmp_path / "r", problem=problem, progress=False)
+    info = json.loads((tmp_path / "r/run.json").read_text())
+    (tmp_path / "r/run.json").write_text(json.dumps(info | dict(status="running")))
+    newest = max((tmp_path / "r/checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(NiooddError, match=f"{newest.name} cannot be read.*cut short.*delete it"):
+        run(config, tmp_path / "r", problem=problem, resume=True, progress=False)
+    newest.unlink()                                                   # what the message says helps
+    assert run(config, tmp_path / "r", problem=problem, resume=True, progress=False)["after"] == info["after"]
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+def test_folder_that_holds_something_else(problem, config, tmp_path):
+    run(config, tmp_path / "r", problem=problem, progress=False)
+    with pytest.raises(NiooddError, match="holds another run"): run(config, tmp_path / "r", problem=problem, progress=False)
+    (tmp_path / "x").mkdir(); (tmp_path / "x/thesis.tex").write_text("")
+    with pytest.raises(NiooddError, match="not empty and holds no run"): run(config, tmp_path / "x", problem=problem, progress=False)
+    with pytest.raises(NiooddError, match="nothing to resume"): run(config, tmp_path / "y", problem=problem, resume=True, progress=False)
+
+
+def test_full_disk(problem, config, tmp_path, monkeypatch):
+    "The disk fills up in round 2: one line, nothing half-written, what was finished is kept and goes on once there is room."
+    real, count = os.fsync, 0
+
+    def full(fd):
+        nonlocal count
+        count += 1
+        if count > 12: raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(NiooddError, match="the disk is full.*--resume"): run(config, tmp_path / "r", problem=problem, progress=False)
+    monkeypatch.undo()
+    assert not [f for f in (tmp_path / "r").rglob(".*")]
+    run(config, tmp_path / "r", problem=problem, resume=True, progress=False)
+    run(config, tmp_path / "whole", problem=problem, progress=False)
+    same_files(tmp_path / "whole", tmp_path / "r", config.rounds)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the machine has no /dev/full")
+def test_the_real_full_device_is_named_as_such(tmp_path, monkeypatch):
+    "write_atomic on a file system that is really full, by a temporary file that is /dev/full."
+    class Full:
+        def __init__(self, **kw): self.f, self.name = open("/dev/full", "wb", buffering=0), str(tmp_path / "t")
+        def __enter__(self): return self
+        def __exit__(self, *a): self.f.close()
+        def write(self, b): self.f.write(b)
+    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", Full)
+    with pytest.raises(NiooddError, match="the disk is full"): files.write_atomic(tmp_path / "x", b"123")
+
+
+# --- divergence -------------------------------------------------------------------------------------------------------
+
+def test_diverged_classifier_keeps_the_last_good_checkpoint(problem, config, tmp_path, monkeypatch):
+    real = Loop.train
+
+    def poisoned(self, epochs):
+        if len(self.rows) == 2:
+            with torch.no_grad(): self.classifier.head.weight.fill_(float("nan"))
+        return real(self, epochs)
+    monkeypatch.setattr(Loop, "train", poisoned)
+    with pytest.raises(NiooddError, match="round 2: the classifier's cross-entropy became nan.*last good checkpoint is round 1"):
+        run(config, tmp_path / "r", problem=problem, progress=False)
+    monkeypatch.undo()
+    t, meta = load_tensors(max((tmp_path / "r/checkpoints").iterdir()))
+    assert len(meta["rows"]) == 2 and all(v.isfinite().all() for v in t.values() if v.is_floating_point())
+    run(config, tmp_path / "r", problem=problem, resume=True, progress=False)
+
+
+def test_diverged_generator_names_the_term(problem, config, tmp_path, monkeypatch):
+    real = Loop.new_generator
+
+    def poisoned(self):
+        real(self)
+        with torch.no_grad(): self.generator.image[0].bias.fill_(float("nan"))
+    monkeypatch.setattr(Loop, "new_generator", poisoned)
+    with pytest.raises(NiooddError, match="round 1: .*not finite.*last good checkpoint is round 0"):
+        run(config, tmp_path / "r", problem=problem, progress=False)
+
+
+# --- problems that are none --------------------------------------------------------------------------------------------
+
+def test_one_class_and_empty_class(config, problem, tmp_path):
+    one = squares(50, 0, classes=1)
+    with pytest.raises(NiooddError, match="needs at least 2"): run(config, tmp_path / "a", problem=Problem(one, one, {}), progress=False)
+    gap = squares(60, 0)
+    gap.labels[gap.labels == 1] = 2
+    with pytest.raises(NiooddError, match="no images"): run(config, tmp_path / "b", problem=Problem(gap, gap, {}), progress=False)
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("args, message", [
+    (["run", "quikstart"], "did you mean 'quickstart'"),
+    (["run", "--set", "lamda=3"], "unknown field"),
+    (["run", "--set", "id_set=minst"], "did you mean 'mnist'"),
+    (["run", "--set", "noise=gausian"], "did you mean 'gaussian'"),
+    (["run", "exp1", "--root", "no-such-folder"], "no-such-folder"),
+    (["run", "--device", "cuda:99"], "device"),
+    (["score", "no-run", "x.png"], "x.png does not exist"),
+    (["report", "no-run"], "no run.json"),
+    (["data", "--download", "mnits"], "did you mean 'mnist'"),
+])
+def test_one_line_and_exit_code_2(args, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and err.startswith("nioodd: error: "), err
+    assert not list(tmp_path.glob("runs/*")), "a run that could not begin left a folder"
+
+
+def test_control_adds_as_many_images(problem, config):
+    torch.manual_seed(0)
+    loop = Loop(with_values(config, ["inversion=no"]), problem, progress=False)
+    loop.pretrain(); loop.round()
+    assert len(loop.found[0]) == config.samples + config.pixel_images
+
+
+def test_callers_random_stream_is_left_alone(problem, config, tmp_path):
+    torch.manual_seed(5); want = torch.rand(3)
+    torch.manual_seed(5); run(config, tmp_path / "r", problem=problem, progress=False)
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_a_folder_without_parts_is_split(tmp_path):
+    from PIL import Image
+    for k in "ab":
+        (tmp_path / "own" / k).mkdir(parents=True)
+        for i in range(10): Image.fromarray(torch.full((9, 9), i * 20 + ord(k) % 2, dtype=torch.uint8).numpy()).save(tmp_path / "own" / k / f"{i}.png")
+    p = loop_module.config_problem(with_values(Config(), [f"id_set=folder:{tmp_path}/own", "ood_sets=uniform", "size=9"]))
+    assert (len(p.train), len(p.test)) == (16, 4) and p.test.labels.bincount().tolist() == [2, 2]
+    assert not (p.train.images.flatten(1)[:, None] == p.test.images.flatten(1)[None]).all(2).any()
+
+
+def test_data_lists_every_set(capsys, tmp_path):
+    assert main(["data", "--root", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    from nioodd.core.datasets import SOURCES
+    for name in SOURCES: assert any(line.startswith(name) for line in out.splitlines()), name
+    assert str(tmp_path) in out and "nioodd data --download svhn" in out
+
+
+# --- what is excluded ----------------------------------------------------------------------------------------------
+
+def test_far_excludes_neither_garbage_nor_what_is_like_a_training_image(problem, config):
+    far = Loop(with_values(config, ["exclude=far"]), problem, progress=False)
+    real, odd = problem.train.images[:6], problem.ood["squares"].images[:6]
+    images, predicted = torch.cat([real, real // 2, odd, odd]), torch.tensor([0] * 18 + [3] * 6)
+    assert far.excluded(images, predicted).tolist() == [False] * 12 + [True] * 6 + [False] * 6
+    known = Loop(with_values(config, ["exclude=known"]), problem, progress=False)
+    assert known.excluded(images, predicted).tolist() == [True] * 18 + [False] * 6
+    assert not far.excluded(odd, torch.full((6,), 3)).any()
+
+
+def test_judge_says_what_the_uncertainty_is_good_for():
+    "Three outputs, the last garbage: one digit wrong and unsure, one OOD image of two taken for a digit, and unsure."
+    sure, unsure = 20.0, 0.1
+    known = torch.tensor([[sure, 0, 0], [0, sure, 0], [0, sure, 0], [unsure, 0, 0]])
+    row = judge(known, torch.tensor([0, 1, 1, 1]), dict(there=torch.tensor([[0, 0, sure - 1], [0, 2 * unsure, 0]])))
+    assert row["id"]["predicted"] == [2, 2, 0] and row["ood"]["there"]["predicted"] == [0, 1, 1]
+    assert row["id"]["aurc"] == pytest.approx(1 / 16) and row["ood"]["there"]["aurc"] == pytest.approx(1 / 4)    # the error comes last: risk 0, 0, 0, ¼, and 0, ½
+    assert row["ood"]["there"]["ue_auroc"] == 0.75                               # both above the three sure digits, below the unsure one
+    assert row["id"]["ece"] == pytest.approx(torch.tensor([unsure, 0, 0]).double().softmax(0)[0].item() / 4, abs=1e-6)
