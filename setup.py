@@ -10,6 +10,12 @@ settings.read(here/"settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
 status = ["1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable"][int(cfg["status"]) - 1]
 
+
+def required(*parts):
+    "Requirements of these parts of the package, in one list."
+    return [r for part in parts for r in cfg[f"{part}_requirements"].split()]
+
+
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
@@ -32,8 +38,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={name: [r for part in parts for r in cfg[f"{part}_requirements"].split()]
-                    for name, parts in dict(explore=["explore"], onnx=["onnx"], dev=["dev", "explore", "onnx", "site"]).items()},
+    extras_require={"explore": required("explore"), "onnx": required("onnx"),
+                    "dev": required("dev", "explore", "onnx", "site")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

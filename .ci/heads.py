@@ -134,7 +134,8 @@ def head(root: Path, cfg: dict[str, str], name: str, nb, notebooks: dict[str, st
     gives = f" **Gives** {listed([f'`{x}`' for x in gives])}" if gives else ""
     takes = [f"{counted(minutes_to_read(nb), 'minute')} to read"]
     if name in seconds: takes.append(f"{run_time(seconds[name])} to run")
-    return f"{HEAD}\n{needs}{gives}\n{', '.join(takes)}. {colab(cfg, name)}"
+    line_break = "\\\n"
+    return f"{HEAD}\n{needs}{gives}{line_break}{', '.join(takes)}. {colab(cfg, name)}"
 
 
 def head_id(name: str) -> str:

@@ -44,7 +44,14 @@ PARTS = {
     "explore": "Explorers",
     "app": "In use",
     "papers": "The papers, and what came out",
+    "": "The project",  # directly under nbs/
 }
+# Where names alone do not give the order of reading; the others follow
+ORDER = [
+    "tutorials/three_ways", "tutorials/your_classifier", "tutorials/say_no",
+    "papers/results", "papers/network_inversion", "papers/trust_intervals", "papers/scoreboard",
+    "papers/notation", "papers/bibliography",
+]
 CODE = re.compile(r"(`+)(.+?)\1(?!`)")  # a code span
 LINK = re.compile(r"\]\(([^)\s]+)\)")  # the end of a Markdown link
 HEAD = "<!-- head -->"  # the cell below a title that .ci/heads.py writes
@@ -57,15 +64,21 @@ def settings() -> dict[str, str]:
     return dict(parser["DEFAULT"])
 
 
+def place_in_part(name: str) -> tuple[int, str]:
+    "To sort by."
+    stem = name.removesuffix(".ipynb")
+    return (ORDER.index(stem) if stem in ORDER else len(ORDER)), name
+
+
 def parts(nbs: Path) -> list[tuple[str, list[str]]]:
     "Captions and notebooks (names under nbs/), in the order of reading."
     hidden = {p for p in nbs.rglob("*.ipynb") if any(x.startswith((".", "_")) for x in p.relative_to(nbs).parts)}
-    names = sorted(p.relative_to(nbs).as_posix() for p in {*nbs.rglob("*.ipynb")} - hidden)
+    names = [p.relative_to(nbs).as_posix() for p in {*nbs.rglob("*.ipynb")} - hidden]
     found = {folder: [] for folder in PARTS}
-    for name in names:
+    for name in sorted(names, key=place_in_part):
         if name == "index.ipynb": continue
         folder = posixpath.dirname(name)
-        if folder not in found: sys.exit(f"nbs/{name} is in no part of the book: {', '.join(PARTS)}")
+        if folder not in found: sys.exit(f"nbs/{name} is in no part of the book: {', '.join(filter(None, PARTS))}")
         found[folder].append(name)
     return [(PARTS[folder], chapters) for folder, chapters in found.items() if chapters]
 
@@ -103,12 +116,21 @@ def is_widget_only(output) -> bool:
     return WIDGET in kinds and kinds <= {WIDGET, "text/plain"}
 
 
-class Page:
-    "A notebook as its page shows it."
+def slug(heading: str) -> str:
+    "A heading's place on its page, from how GitHub (`two-commands`) or Jupyter (`Two-commands`) writes it."
+    words = re.sub(r"\[([^]]*)\]\([^)]*\)|[`*$]", r"\1", heading)
+    return re.sub(r"[^\w\- ]", "", words.strip().lower().replace(" ", "-"))
 
-    def __init__(self, name: str, nb, links: Links, pages: set[str], repository: str):
+
+class Page:
+    "A notebook as its page shows it; `pages` has all of the book by name, once they are made."
+
+    def __init__(self, name: str, nb, links: Links, pages: dict[str, "Page"], repository: str):
         self.name, self.nb, self.links, self.pages, self.repository = name, nb, links, pages, repository
         self.up = "../" * name.count("/")
+        prose = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
+        self.slugs = {*map(slug, re.findall(r"^#+\s+(.+)$", prose, re.MULTILINE))}
+        self.ids = {*re.findall(r'<\w+ (?:id|name)="([^"]+)"', prose)}
         self.broken: list[str] = []  # links that lead nowhere
         code = [c.source for c in nb.cells if c.cell_type == "code"]
         self.module = links.modules.get(self.exported_to(code))
@@ -139,15 +161,22 @@ class Page:
 
     def target(self, address: str) -> str:
         "A link's address on the site: a page stays, another file is shown where the repository is."
-        if re.match(r"[a-z]+:|#", address): return address
-        path, fragment = urldefrag(address)
-        path = posixpath.normpath(posixpath.join("nbs", posixpath.dirname(self.name), unquote(path)))
-        if path.removeprefix("nbs/") in self.pages: return address
+        if re.match(r"[a-z]+:", address): return address
+        written, fragment = map(unquote, urldefrag(address))
+        if not written: return self.place(fragment, "")
+        path = posixpath.normpath(posixpath.join("nbs", posixpath.dirname(self.name), written))
+        if page := self.pages.get(path.removeprefix("nbs/")): return page.place(fragment, written)
         if not (root/path).exists():
             self.broken.append(f"nbs/{self.name}: a link to {address}, where there is nothing")
             return address
         shown = self.repository.replace("/blob/", "/tree/") if (root/path).is_dir() else self.repository
         return f"{shown}/{path}" + (f"#{fragment}" if fragment else "")
+
+    def place(self, fragment: str, address: str) -> str:
+        "The address of a heading or of an HTML id on this page; Sphinx knows only headings, so see conf.py's `page:`."
+        if fragment in self.ids: return f"page:{address.replace('.ipynb', '.html')}#{fragment}"
+        if slug(fragment) in self.slugs: fragment = slug(fragment)
+        return f"{address}#{fragment}" if fragment else address
 
     def markdown(self, text: str) -> str:
         "Links as the site needs them, and names of the API in code font as links; fenced code stays."
@@ -287,7 +316,8 @@ def write_sources(to: Path) -> dict[str, int]:
     book, modules = parts(nbs), read_package(root/cfg["lib_path"])
     names = ["index.ipynb", *(n for _, part in book for n in part)]
     links, repository = Links(modules, cfg["lib_path"]), f"{cfg['git_url']}/blob/{cfg['branch']}"
-    pages = {n: Page(n, nbformat.read(nbs/n, as_version=4), links, set(names), repository) for n in names}
+    pages: dict[str, Page] = {}
+    for n in names: pages[n] = Page(n, nbformat.read(nbs/n, as_version=4), links, pages, repository)
     titles = {n: p.title() for n, p in pages.items()}
     (to/"llms.txt").write_text(llms_txt(pages, book), encoding="utf-8")
     shutil.copy(here/"site"/"conf.py", to)

@@ -10,10 +10,12 @@ __all__ = ['NAMES']
 import importlib
 
 NAMES = { # Name → module that has it
-    "Detector": "core.detector", "ImageSet": "core.images", "load": "core.datasets",
-    "LayerwiseDetector": "posthoc.layerwise", "GarbageDetector": "inversion.detector", "TrustIntervalDetector": "trust.detector",
-    "TrustIntervals": "trust.intervals", "Siblings": "trust.siblings", "invert": "inversion.invert",
-    "load_classifier": "benchmark.recipes", "train_classifier": "benchmark.recipes", "export": "app.export",
+    "load": "core.datasets", "ImageSet": "core.images",
+    "Detector": "core.detector", "LayerwiseDetector": "posthoc.layerwise",
+    "GarbageDetector": "inversion.detector", "invert": "inversion.invert",
+    "TrustIntervalDetector": "trust.detector", "TrustIntervals": "trust.intervals", "Siblings": "trust.siblings",
+    "train_classifier": "benchmark.recipes", "load_classifier": "benchmark.recipes",
+    "export": "app.export", "guard": "app.folders",
 }
 
 # %% ../nbs/app/03_package.ipynb #ff0ce9bd

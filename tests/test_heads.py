@@ -65,7 +65,7 @@ def test_what_a_head_says(library, monkeypatch):
     assert run(monkeypatch, library) == 0
     mark, says, takes = head_of(library/"nbs/top/03_two.ipynb")
     assert mark == "<!-- head -->"
-    assert says == "**Needs** [`core.one`](../core/00_one.ipynb). **Gives** `b`, `KIND`."
+    assert says == "**Needs** [`core.one`](../core/00_one.ipynb). **Gives** `b`, `KIND`.\\"
     assert takes.startswith("1 minute to read. [Open in Colab](https://colab.research.google.com/github/somebody/lib/blob/")
     assert takes.endswith("/main/nbs/top/03_two.ipynb)")
 
@@ -73,7 +73,7 @@ def test_what_a_head_says(library, monkeypatch):
 def test_many_names_are_cut_and_constants_come_last(library, monkeypatch):
     run(monkeypatch, library)
     _, says, takes = head_of(library/"nbs/core/00_one.ipynb")
-    assert says == f"**Needs** no other chapter. **Gives** {', '.join(f'`f{i}`' for i in range(8))} …"
+    assert says == f"**Needs** no other chapter. **Gives** {', '.join(f'`f{i}`' for i in range(8))} …\\"
     assert takes.startswith("2 minutes to read")
 
 
@@ -117,4 +117,4 @@ def test_a_stale_head_is_written_anew_under_the_same_id(library, monkeypatch, ca
     run(monkeypatch, library)
     cells = nbformat.read(path, as_version=4).cells
     assert [i for i, cell in enumerate(cells) if heads.is_head(cell)] == [1]
-    assert cells[1].id == cell_id and "**Gives** `b`, `c`." in cells[1].source
+    assert cells[1].id == cell_id and "**Gives** `b`, `c`.\\\n" in cells[1].source

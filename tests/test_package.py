@@ -183,7 +183,7 @@ def use_every_module(folder: Path):
     for name, call in calls.items(): call(loaded[name])
 
 
-CALLED_BY_THE_RUN = {"inversion.loop", "inversion.report", "app.trust_fit"}  # see `small_run`
+CALLED_BY_THE_RUN = {"inversion.loop", "inversion.report", "app.folders"}  # see `small_run`
 NOT_CALLED = {"speed.loop", "speed.siblings", "speed.detectors"}  # they take long
 
 
@@ -227,6 +227,7 @@ def one_call_each(loaded: dict) -> dict:
         "core.training": trained,
         "core.files": written,
         "core.options": lambda m: m.field_docs(loaded["inversion.config"].Config),
+        "core.glossary": lambda m: m.define("ID"),
         "core.detector": lambda m: m.detector_class(m.Detector, "GarbageDetector"),
         "inversion.config": lambda m: m.preset("quickstart"),
         "inversion.generator": generated,
@@ -234,6 +235,7 @@ def one_call_each(loaded: dict) -> dict:
         "inversion.outliers": lambda m: m.outliers(("gaussian",), 4, images),
         "inversion.detector": lambda m: detector.predict(blank),
         "trust.agreement": lambda m: m.disagreement(torch.randn(2, 3, 11)),
+        "trust.fast_siblings": lambda m: m.sibling(model, {"head.bias": torch.zeros(11)})(blank),
         "trust.siblings": lambda m: m.Siblings(model, sigma).logits(blank),
         "trust.intervals": learnt,
         "trust.detector": lambda m: m.TrustIntervalDetector(model, sigma).predict(blank),
@@ -247,7 +249,7 @@ def one_call_each(loaded: dict) -> dict:
         "explore.explorer": lambda m: m.Explorer().wait(),
         "explore.threshold_desk": lambda m: m.ThresholdDesk(scores, scores).wait(),
         "explore.siblings": lambda m: m.SiblingExplorer(model, images, images, labels).wait(),
-        "explore.ask": lambda m: m.judgement(detector, images[:1]),
+        "explore.ask": lambda m: m.networks({"one": detector}),
         "explore.inversion_studio": lambda m: m.InversionStudio(model, images).wait(),
         "app.export": lambda m: m.traced(detector, 28, 1),
         "app.cli": lambda m: small_run(m.main),

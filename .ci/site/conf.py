@@ -19,6 +19,8 @@ nb_code_prompt_show = nb_code_prompt_hide = "Imports"
 nb_merge_streams = True
 myst_enable_extensions = ["amsmath", "attrs_inline", "colon_fence", "dollarmath"]
 myst_dmath_allow_labels = False
+myst_url_schemes = {"http": None, "https": None, "mailto": None,
+                    "page": "{{path}}#{{fragment}}"}  # an HTML id on a page, see site.py
 myst_heading_anchors = 4
 mathjax_path = "mathjax/tex-chtml.js"  # MathJax 3, put there by site.py
 mathjax3_config = {"chtml": {"scale": 0.97}}

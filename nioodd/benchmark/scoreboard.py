@@ -29,7 +29,7 @@ from ..core.files import commit, load_tensors, save_tensors, write_atomic
 from ..core.images import ImageSet
 from ..core.metrics import HIGHER_IS_BETTER, METRICS, ood_metrics, paired_bootstrap
 from ..inversion.outliers import FAMILIES, outliers
-from ..posthoc.baselines import BASELINES, Fit, ensemble_score
+from ..posthoc.baselines import BASELINES, FitData, ensemble_score
 from ..posthoc.layerwise import LayerwiseDetector
 from ..posthoc.outputs import Outputs, fingerprint, kept_outputs, network_fingerprint
 from ..trust.detector import TrustIntervalDetector, TrustOptions, fit_problem
@@ -97,11 +97,11 @@ class Study:
     def outputs(self, name: str) -> Outputs: return kept_outputs(self.model, self.images(name), self.work / "outputs", self.weights)
 
     @cached_property
-    def fit(self) -> Fit: # What baselines learn from
+    def fit(self) -> FitData: # What baselines learn from
         p = self.problem
         train, held_out = evenly(p.train, self.fit_images), p.held_out if p.held_out is not None else p.test
         keep = lambda s: kept_outputs(self.model, s.images, self.work / "outputs", self.weights)
-        return Fit(self.model, keep(train), train.labels, train.images, keep(held_out), held_out.images, held_out.labels, self.info["seed"])
+        return FitData(self.model, keep(train), train.labels, train.images, keep(held_out), held_out.images, held_out.labels, self.info["seed"])
 
     @cached_property
     def intervals(self) -> TrustIntervalDetector: # Learnt once, and kept
@@ -235,7 +235,7 @@ def _needs(cell: Cell, models: str | os.PathLike) -> set[str]: # Names of sets
 
 def absent(todo: list[Cell], models: str | os.PathLike = "runs", root: str | os.PathLike | None = None) -> tuple[list[Cell], dict[str, str]]: # The cells; name of a set → how to get it
     "The cells that cannot be run on this machine, and the sets that they lack."
-    gone = {r.name: r.how for r in available(root) if not r.found}
+    gone = {r.name: r.how_to_get for r in available(root) if not r.found}
     lacking = [(c, _needs(c, models) & gone.keys()) for c in todo]
     return [c for c, names in lacking if names], {o: gone[o] for o in sorted(set().union(*(names for _, names in lacking)))}
 

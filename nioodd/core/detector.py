@@ -7,6 +7,7 @@ __all__ = ['FORMAT', 'DETECTORS', 'load_weights', 'describe_network', 'rebuild_n
            'id_images', 'all_images', 'conformal_p_values', 'threshold_for', 'Detector', 'detector_class']
 
 # %% ../../nbs/core/12_detector.ipynb #b183fe53
+import copy
 import importlib
 import json
 import math
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from .. import __version__
 from .errors import NiooddError, unknown
 from .files import load_tensors, save_tensors, sha256_of, write_atomic
-from .forward import is_channels_last, logits_of
+from .forward import as_input, batches, is_channels_last, logits_of
 from .images import ImageSet
 from .metrics import checked_scores
 from .models import NETWORKS
@@ -46,12 +47,12 @@ def load_weights(
     model: nn.Module, # Its parameters and buffers are overwritten, all or none
     tensors: dict[str, Tensor], # As from `state_dict()`
 ) -> nn.Module: # `model`
-    "Copies `tensors` into `model` if names, shapes and dtypes agree; else raises a `NiooddError` that lists what does not."
+    "Copies `tensors` into `model`. Raises a `NiooddError` that lists what does not fit: names, shapes, dtypes."
     own = model.state_dict()
     if wrong := _misfits(own, tensors):
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        raise NiooddError(f"the saved weights do not fit this {type(model).__name__}: {'; '.join(wrong[:4])}{more}; "
-                          "pass a network of the architecture that was saved")
+        raise NiooddError(f"the saved weights do not fit this {type(model).__name__}: "
+                          f"{'; '.join(wrong[:4])}{more}; pass a network of the architecture that was saved")
     tensors = OrderedDict(tensors)
     tensors._metadata = own._metadata # Versions of layers, which some look at
     model.load_state_dict(tensors)
@@ -59,7 +60,7 @@ def load_weights(
 
 # %% ../../nbs/core/12_detector.ipynb #a7fa4d27
 def describe_network(
-    model: nn.Module, # Any network; those of `nioodd.core.models.NETWORKS` can be rebuilt from this
+    model: nn.Module, # Any network; those of `NETWORKS` can be rebuilt from this
 ) -> dict[str, Any]: # For JSON: class, arguments (None: cannot be rebuilt), channels_last
     "What `rebuild_network` needs beside the weights."
     return {"class": f"{type(model).__module__}.{type(model).__qualname__}",
@@ -71,8 +72,8 @@ def _new_network(description: dict[str, Any]) -> nn.Module:
     "An untrained network as described. Raises `NiooddError` if it is none of ours."
     name, arguments = description["class"].rpartition(".")[2], description["arguments"]
     if arguments is None:
-        raise NiooddError(f"the saved network is a {description['class']}, which nioodd cannot rebuild; "
-                          "expected a module to load the weights into; call load(folder, model=...)")
+        raise NiooddError(f"the saved network is a {description['class']}, which nioodd cannot rebuild; expected "
+                          "a module to load the weights into; call load(folder, model=...)")
     if name not in NETWORKS: raise unknown("network", name, NETWORKS)
     try: return NETWORKS[name](**arguments)
     except TypeError as e:
@@ -82,57 +83,65 @@ def _new_network(description: dict[str, Any]) -> nn.Module:
 def rebuild_network(
     description: dict[str, Any], # From `describe_network`
     tensors: dict[str, Tensor], # Its weights
-    model: nn.Module | None = None, # A network to load them into; None: make the one that is described
+    model: nn.Module | None = None, # A network to load them into; None: a new one
 ) -> nn.Module: # In eval mode
     "The network that was described. Raises `NiooddError` if it cannot be rebuilt or the weights do not fit."
     model = load_weights(_new_network(description) if model is None else model, tensors)
-    return (model.to(memory_format=torch.channels_last) if description["channels_last"] else model).eval()
+    if description["channels_last"]: model = model.to(memory_format=torch.channels_last)
+    return model.eval()
 
 # %% ../../nbs/core/12_detector.ipynb #84f4d63e
 FORMAT = 1 # Of detector.json; a higher one is refused
 
 def write_detector(
-    folder: str | os.PathLike, # Made if it does not exist; files of an earlier detector are replaced
+    folder: str | os.PathLike, # Made if need be; files of an earlier detector are replaced
     description: dict[str, Any], # Goes to detector.json
     tensors: dict[str, Tensor], # Go to model.safetensors
 ) -> Path: # The folder
-    "Writes a detector's two files. Raises `NiooddError` if the disk is full or the folder cannot be written."
+    "Writes a detector's two files. Raises `NiooddError` if the folder cannot be written."
     folder = Path(folder)
     if (folder/"model.json").is_file():
         raise NiooddError(f"{folder} holds a classifier, whose weights would be replaced; "
                           "expected a folder of its own for the detector; give another one")
     if odd := [k for k, v in tensors.items() if not isinstance(v, Tensor)]:
-        raise NiooddError(f"the state of the network holds what is no tensor ({', '.join(odd[:4])}); expected tensors only, "
-                          "weights are kept without pickle; save a network without it (not quantised)")
-    weights = save_tensors(folder/"model.safetensors", {k: v.clone() for k, v in tensors.items()}) # Tied weights share storage
+        raise NiooddError(f"the state of the network holds what is no tensor ({', '.join(odd[:4])}); expected "
+                          "tensors only, weights are kept without pickle; save a network without it (not quantised)")
+    tensors = {k: v.clone() for k, v in tensors.items()} # Tied weights share storage
+    weights = save_tensors(folder/"model.safetensors", tensors)
     head = dict(format=FORMAT, nioodd=__version__, sha256=sha256_of(weights))
     write_atomic(folder/"detector.json", json.dumps(head | description, indent=2) + "\n")
     return folder
 
 # %% ../../nbs/core/12_detector.ipynb #9621cf9d
-_FIELDS = dict(format=int, sha256=str, detector=str, arguments=dict, network=dict, threshold=(int, float, type(None)))
+_FIELDS = dict(format=int, sha256=str, detector=str, arguments=dict, network=dict,
+               threshold=(int, float, type(None)))
 _NETWORK_FIELDS = {"class": str, "arguments": (dict, type(None)), "channels_last": bool}
 
 def _lacking(description: dict[str, Any]) -> list[str]:
     "Fields that are not there or of another type."
-    def wrong(d: dict, kinds: dict) -> list[str]: return [k for k, kind in kinds.items() if k not in d or not isinstance(d[k], kind)]
+    def wrong(d: dict, kinds: dict) -> list[str]:
+        return [k for k, kind in kinds.items() if k not in d or not isinstance(d[k], kind)]
     found = wrong(description, _FIELDS)
-    if "network" not in found: found += [f"network.{k}" for k in wrong(description["network"], _NETWORK_FIELDS)]
+    if "network" in found: return sorted(found)
+    found += [f"network.{k}" for k in wrong(description["network"], _NETWORK_FIELDS)]
     return sorted(found)
 
 def _no_detector(folder: Path) -> NiooddError:
     "The error for a folder without detector.json."
     if not folder.is_dir():
-        return NiooddError(f"{folder} does not exist; expected the folder of a run or a detector; check the path")
+        return NiooddError(f"{folder} does not exist; expected the folder of a run or a detector; "
+                           "check the path")
     if (folder/"model.json").is_file():
-        return NiooddError(f"{folder} holds a classifier but no detector; make one with: nioodd guard, or nioodd trust fit")
-    return NiooddError(f"{folder} holds no detector.json; expected a folder written by a detector's save; check the path")
+        return NiooddError(f"{folder} holds a classifier but no detector; "
+                           "make one with: nioodd guard, or nioodd trust fit")
+    return NiooddError(f"{folder} holds no detector.json; expected a folder written by a detector's save; "
+                       "check the path")
 
 # %% ../../nbs/core/12_detector.ipynb #8ccc75c2
 def read_detector(
     folder: str | os.PathLike, # Written by `write_detector`
 ) -> tuple[dict[str, Any], dict[str, Tensor]]: # description, tensors
-    "Reads a detector's two files. Raises `NiooddError` if one is missing, cut short, of a later format or not of the other."
+    "Reads a detector's two files. Raises `NiooddError` if one is missing, cut short, too new or not of the other."
     path, weights = Path(folder)/"detector.json", Path(folder)/"model.safetensors"
     if not path.is_file(): raise _no_detector(Path(folder))
     try: description = json.loads(path.read_text())
@@ -141,11 +150,12 @@ def read_detector(
         raise NiooddError(f"{path} lacks {', '.join(lacking)}; expected the JSON of a detector's save; "
                           "it was cut short or is another file: save again")
     if description["format"] > FORMAT:
-        raise NiooddError(f"{path} has format {description['format']}; this version reads up to {FORMAT}; update nioodd")
+        raise NiooddError(f"{path} has format {description['format']}; this version reads up to {FORMAT}; "
+                          "update nioodd")
     tensors, _ = load_tensors(weights)
     if sha256_of(weights) != description["sha256"]:
-        raise NiooddError(f"{weights} is not the file that detector.json was saved with; expected its checksum; "
-                          "save the detector again")
+        raise NiooddError(f"{weights} is not the file that detector.json was saved with; "
+                          "expected its checksum; save the detector again")
     return description, tensors
 
 # %% ../../nbs/core/12_detector.ipynb #ed5a3217
@@ -167,8 +177,8 @@ def all_images(
     try: parts = list(id_images(images))
     except TypeError: parts = [None] # Nothing that can be gone through
     if all(isinstance(p, Tensor) for p in parts): return torch.cat(parts or [torch.empty(0, 1, 1, 1)])
-    raise NiooddError(f"images are a {type(images).__name__}; expected a tensor [N, C, H, W], an ImageSet, or a loader of batches "
-                      "x, (x,) or (x, y) of tensors; torch.from_numpy makes a tensor of an array")
+    raise NiooddError(f"images are a {type(images).__name__}; expected a tensor [N, C, H, W], an ImageSet, or a "
+                      "loader of batches x, (x,) or (x, y) of tensors; torch.from_numpy makes a tensor of an array")
 
 # %% ../../nbs/core/12_detector.ipynb #8265b946
 def conformal_p_values(
@@ -185,10 +195,10 @@ def threshold_for(
     calibration: Tensor, # [n] scores of held-out ID images, ascending
     false_alarms: float = 0.05, # Share of known images that may be rejected, in (0, 1)
 ) -> float: # One of the scores
-    "The threshold t for which score > t says the same as p ≤ `false_alarms`. Raises `NiooddError` if n is too small for that."
+    "The threshold t: score > t says the same as p ≤ `false_alarms`. Raises `NiooddError` if n is too small."
     n = len(calibration)
-    rank = math.floor(false_alarms * (1 + n) + 1e-9) if 0 < false_alarms < 1 else 0 # So many of them have such a p-value, and one less
-    if rank: return calibration[-rank].item()
+    rank = math.floor(false_alarms * (1 + n) + 1e-9) if 0 < false_alarms < 1 else 0
+    if rank: return calibration[-rank].item() # The rank − 1 scores above it have p ≤ α
     raise NiooddError(f"false_alarms is {false_alarms}; expected a share from {1 / (1 + n):.2g} to 1, as 0.01; "
                       f"{n} images to calibrate by give no smaller p-value: hold out more")
 
@@ -196,30 +206,49 @@ def threshold_for(
 DETECTORS = Registry("kind of detector") # Name of a class → the class
 
 class Detector(pytorch_ood.api.Detector):
-    """A network with a score, higher = more OOD, calibrated by held-out ID images. Abstract: a subclass defines `predict`.
+    """A network with a score, higher = more OOD, calibrated by held-out ID images.
 
-    A `NiooddError` is raised for images that `as_input` refuses, and for a yes or no before there is a threshold."""
+    Abstract: a subclass defines `predict`. A `NiooddError` is raised for images that `as_input` refuses, and
+    for a yes or no before there is a threshold."""
 
     requires_fit = False # Whether `learn` needs images that the network was trained on
+    networks: list[nn.Module] = [] # Of a copy by `in_one_pass`: those that it runs
 
     def __init__(self,
         model: nn.Module, # Images → logits [B, K]; used in eval mode, left in the mode it is in
         threshold: float | None = None, # A score above it is OOD; None: not set yet
         classes: list[str] | None = None, # Names of the known classes; None: "0", "1", ...
-        n_known: int | None = None, # Outputs that are known classes, the first ones; None: one for each name, or all
+        n_known: int | None = None, # The first so many outputs are known classes; None: as many as names, or all
     ):
         self.model, self.threshold = model, threshold
         self.classes = list(classes) if classes is not None else None
         self.n_known = len(classes) if n_known is None and classes is not None else n_known
         if classes is not None and len(classes) != self.n_known:
-            raise NiooddError(f"{len(classes)} class names for n_known={n_known}; expected one for each known class")
+            raise NiooddError(f"{len(classes)} class names for n_known={n_known}; "
+                              "expected one for each known class")
         self.calibration: Tensor | None = None # float64 [n], ascending: scores of held-out ID images
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        DETECTORS[cls.__name__] = cls # Known to `load` from now on; the latest if it is defined twice
+        DETECTORS[cls.__name__] = cls # Known to `load` from now on
 
 
+
+# %% ../../nbs/core/12_detector.ipynb #3ef7e39f
+def _argument(model: nn.Module, name: str) -> int | None:
+    "What `model` was made with under this name; None: it does not say."
+    arguments = getattr(model, "arguments", None)
+    return arguments.get(name) if isinstance(arguments, dict) else None
+
+@patch(property)
+def size(self: Detector) -> int | None:
+    "Height and width of the images that the network takes, in pixels; None: it does not say."
+    return _argument(self.model, "size")
+
+@patch(property)
+def channels(self: Detector) -> int | None:
+    "Channels of the images that the network takes; None: it does not say."
+    return _argument(self.model, "channels")
 
 # %% ../../nbs/core/12_detector.ipynb #4a23ad45
 @patch
@@ -228,8 +257,8 @@ def predict(self: Detector, x: Tensor) -> Tensor: # x [B, C, H, W], see `as_inpu
     raise NotImplementedError(f"{type(self).__name__} defines no predict(x)")
 
 @patch
-def learn(self: Detector, train: Tensor, held_out: Tensor, **options) -> Tensor: # [N, C, H, W] → [M, C, H, W]
-    "Learn from images that the network was trained on; returns the held-out images that are left to calibrate by."
+def learn(self: Detector, train: Tensor, held_out: Tensor, **options) -> Tensor:
+    "Learn from images that the network was trained on; returns the held-out images left to calibrate by."
     if options: raise TypeError(f"{type(self).__name__}.fit has no option {', '.join(options)}")
     return held_out
 
@@ -237,7 +266,8 @@ def learn(self: Detector, train: Tensor, held_out: Tensor, **options) -> Tensor:
 @patch
 def arguments(self: Detector) -> dict[str, Any]:
     "What the constructor takes beside model and threshold, for JSON."
-    return {k: v for k, v in dict(classes=self.classes, n_known=self.n_known).items() if v is not None}
+    given = dict(classes=self.classes, n_known=self.n_known)
+    return {k: v for k, v in given.items() if v is not None}
 
 @patch
 def learnt(self: Detector) -> dict[str, Tensor]:
@@ -261,29 +291,37 @@ def calibrate(self: Detector,
 
 @patch
 def fit(self: Detector,
-    train=None, # Images that the network was trained on: a tensor [N, C, H, W], an `ImageSet`, or a loader; see `all_images`
-    held_out=None, # ID images that it was not trained on, likewise; None: a quarter of `train` (all of it if nothing is learnt)
+    train=None, # Images that the network was trained on, see `all_images`
+    held_out=None, # ID images that it was not trained on; None: a part of `train`
     *,
     false_alarms: float = 0.05, # Share of known images that the threshold may reject
     **options, # Of `learn`
 ) -> Detector: # Itself
     "Learn, then calibrate. Raises `NiooddError` for too few images."
     train = None if train is None else all_images(train)
-    if held_out is None and train is None: raise NiooddError("no images; expected fit(train, held_out), or fit(held_out=images)")
-    if held_out is None:
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-        train, held_out = train[order].tensor_split([len(train) * 3 // 4 if self.requires_fit else 0])
-    left = self.learn(train, all_images(held_out), **options)
+    if held_out is None and train is None:
+        raise NiooddError("no images; expected fit(train, held_out), or fit(held_out=images)")
+    if held_out is None: train, held_out = self._split(train)
+    held_out = all_images(held_out)
+    if not len(held_out):
+        raise NiooddError("held_out is empty; expected ID images that the network was not trained on")
+    left = self.learn(train, held_out, **options)
     return self.calibrate(self.predict(left), false_alarms)
+
+@patch
+def _split(self: Detector, train: Tensor) -> tuple[Tensor, Tensor]:
+    "A quarter of `train` held out, at random and always the same; all of it where nothing is learnt."
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    return train[order].tensor_split([len(train) * 3 // 4 if self.requires_fit else 0])
 
 # %% ../../nbs/core/12_detector.ipynb #1b3ff534
 @patch
 def logits(self: Detector, x: Tensor) -> Tensor: # x [B, C, H, W] → [B, K], on the CPU
     "Logits of the network, in eval mode."
-    return logits_of(self.model, x)
+    return self.networks[0](as_input(x)) if self.networks else logits_of(self.model, x)
 
 @patch
-def p_values(self: Detector, scores: Tensor) -> Tensor: # scores [B] from `predict` → float64 [B] in (0, 1]
+def p_values(self: Detector, scores: Tensor) -> Tensor: # scores [B] → float64 [B] in (0, 1]
     "Conformal p-values: how likely it is for a known image to have a score as high."
     if self.calibration is None:
         raise NiooddError(f"this {type(self).__name__} has no calibration; expected fit(train, held_out) first")
@@ -291,27 +329,36 @@ def p_values(self: Detector, scores: Tensor) -> Tensor: # scores [B] from `predi
 
 # %% ../../nbs/core/12_detector.ipynb #9cdbc271
 @patch
-def rejects(self: Detector, scores: Tensor, false_alarms: float | None = None) -> Tensor: # scores [B] from `predict` → bool [B]
-    "Which scores are OOD: those above the threshold, or, given `false_alarms`, above the one for that rate."
-    threshold = self.threshold
-    if false_alarms is not None:
-        self.p_values(scores[:0]) # Raises an error where there is no calibration
-        threshold = threshold_for(self.calibration, false_alarms)
-    if threshold is None:
-        raise NiooddError(f"this {type(self).__name__} has no threshold; expected one from ID images; "
-                          "call fit(train, held_out) or calibrate(scores) first")
-    return ~(scores <= threshold)
+def threshold_at(self: Detector, false_alarms: float | None = None) -> float:
+    "The threshold; given `false_alarms`, the one for that rate. Raises `NiooddError` where there is none."
+    if false_alarms is None and self.threshold is not None: return self.threshold
+    if false_alarms is not None and self.calibration is not None:
+        return threshold_for(self.calibration, false_alarms)
+    raise NiooddError(f"this {type(self).__name__} has no threshold; expected one from ID images; "
+                      "call fit(train, held_out) or calibrate(scores) first")
 
 @patch
-def is_ood(self: Detector, x: Tensor, false_alarms: float | None = None) -> Tensor: # x [B, C, H, W] → bool [B]
-    "Which images are OOD: score above the threshold; given `false_alarms`, the share of known images that may be rejected, p ≤ it."
+def rejects(self: Detector, scores: Tensor, false_alarms: float | None = None) -> Tensor: # [B] → bool [B]
+    "Which scores are OOD: those above the threshold, see `threshold_at`."
+    return ~(scores <= self.threshold_at(false_alarms))
+
+# %% ../../nbs/core/12_detector.ipynb #64c38cc0
+@patch
+def is_ood(self: Detector, x: Tensor, false_alarms: float | None = None) -> Tensor: # [B, C, H, W] → bool [B]
+    "Which images are OOD: those with a score above the threshold, or with p ≤ `false_alarms` if that is given."
+    self.threshold_at(false_alarms) # Before the network runs
     return self.rejects(self.predict(x), false_alarms)
 
 # %% ../../nbs/core/12_detector.ipynb #a87fcc64
 @patch
+def logits_and_scores(self: Detector, x: Tensor) -> tuple[Tensor, Tensor]: # [B, C, H, W] → [B, K], [B]
+    "Logits and scores. Who makes scores of logits should define it, so that the network runs once."
+    return self.logits(x), self.predict(x)
+
+@patch
 def verdict(self: Detector, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
     "What to tell a user of each image; see `verdict_of`."
-    return self.verdict_of(self.logits(x), self.predict(x))
+    return self.verdict_of(*self.logits_and_scores(x))
 
 @patch
 def verdict_of(self: Detector,
@@ -321,9 +368,39 @@ def verdict_of(self: Detector,
     """`label` int64, the likeliest known class; `uncertainty` float64 in [0, 1], U over the known classes;
     `p_value` float64 in (0, 1], where there is a calibration; `score`; `ood` bool."""
     known = logits[:, :self.n_known]
-    said = dict(label=known.argmax(1), uncertainty=uncertainty(known))
-    if self.calibration is not None: said["p_value"] = self.p_values(scores)
-    return said | dict(score=scores, ood=self.rejects(scores))
+    verdict = dict(label=known.argmax(1), uncertainty=uncertainty(known))
+    if self.calibration is not None: verdict["p_value"] = self.p_values(scores)
+    return verdict | dict(score=scores, ood=self.rejects(scores))
+
+# %% ../../nbs/core/12_detector.ipynb #e755515f
+@patch
+def explain(self: Detector, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
+    "`verdict`, and what else the detector knows of each image; see `details_of`."
+    logits, scores = self.logits_and_scores(x)
+    return self.details_of(logits) | self.verdict_of(logits, scores)
+
+@patch
+def details_of(self: Detector, logits: Tensor) -> dict[str, Tensor]: # logits [B, K]
+    """`probabilities` float64 [B, K], the softmax of all outputs; `garbage_probability` float64 [B], the sum
+    of those beyond the known classes, where there are any."""
+    p = logits.double().softmax(1)
+    if self.n_known is None or self.n_known == p.shape[1]: return dict(probabilities=p)
+    return dict(probabilities=p, garbage_probability=p[:, self.n_known:].sum(1))
+
+# %% ../../nbs/core/12_detector.ipynb #b88ea3b6
+@patch
+def in_one_pass(self: Detector) -> Detector:
+    "A copy on the CPU whose `verdict` takes a batch as it is; its `networks` are those that it runs."
+    twin = copy.copy(self)
+    twin.model = copy.deepcopy(self.model).cpu().to(memory_format=torch.contiguous_format)
+    twin.model.eval().requires_grad_(False)
+    twin.networks = [twin.model]
+    return twin
+
+@patch
+def parts(self: Detector, x: Tensor) -> Iterable[Tensor]: # x [B, C, H, W]
+    "Images in parts that suit the network; of a copy by `in_one_pass` all of them at once."
+    return [x] if self.networks else batches(self.model, x)
 
 # %% ../../nbs/core/12_detector.ipynb #b3e3a433
 @patch
@@ -332,15 +409,15 @@ def save(self: Detector, folder: str | os.PathLike) -> Path:
     tensors = {f"network.{k}": v for k, v in self.model.state_dict().items()}
     tensors |= {f"learnt.{k}": v for k, v in self.learnt().items()}
     if self.calibration is not None: tensors["calibration"] = self.calibration
-    description = dict(detector=type(self).__name__, threshold=self.threshold, arguments=self.arguments(),
-                       network=describe_network(self.model))
+    description = dict(detector=type(self).__name__, threshold=self.threshold,
+                       arguments=self.arguments(), network=describe_network(self.model))
     return write_detector(folder, description, tensors)
 
 # %% ../../nbs/core/12_detector.ipynb #c75308b4
 def detector_class(base: type, name: str) -> type:
     "`base` or the subclass of it that is called `name`. Raises `NiooddError` if there is none."
     if name == base.__name__: return base
-    getattr(importlib.import_module("nioodd"), name, None)  # One of ours is imported when its name is asked for
+    getattr(importlib.import_module("nioodd"), name, None) # Imports one of ours
     known = {k: c for k, c in DETECTORS.items() if issubclass(c, base)}
     if name not in known: raise unknown("kind of detector", name, known)
     return known[name]
@@ -353,7 +430,7 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 @patch(classmethod)
 def load(cls: type[Detector],
     folder: str | os.PathLike, # Of `save`
-    model: nn.Module | None = None, # To load the weights into; needed unless it was a network of `nioodd.core.models`
+    model: nn.Module | None = None, # To load the weights into; not needed for `NETWORKS`
 ) -> Detector: # On the CPU, its network in eval mode
     "The detector saved in `folder`. Raises `NiooddError` for files that are damaged or do not fit."
     description, tensors = read_detector(folder)
@@ -364,6 +441,7 @@ def load(cls: type[Detector],
         raise NiooddError(f"{folder}/detector.json does not fit {kind.__name__}: {e}; "
                           "expected the arguments it was saved with; save it again") from None
     learnt = _with_prefix(tensors, "learnt.")
-    detector.calibration = tensors.get("calibration", learnt.pop("calibration", None)) # Among `learnt` in older files
+    in_older_files = learnt.pop("calibration", None)
+    detector.calibration = tensors.get("calibration", in_older_files)
     detector.restore(learnt)
     return detector

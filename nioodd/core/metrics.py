@@ -9,6 +9,7 @@ __all__ = ['METRICS', 'HIGHER_IS_BETTER', 'Accepted', 'checked_scores', 'accepte
 
 # %% ../../nbs/core/03_metrics.ipynb #c200de4a
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,38 +18,45 @@ from torch import Tensor
 from .errors import NiooddError, unknown
 from .scores import checked_logits
 
-# %% ../../nbs/core/03_metrics.ipynb #c8ab875e
+# %% ../../nbs/core/03_metrics.ipynb #057bc4c0
 class Accepted(NamedTuple):
-    "How many ID and OOD scores are <= each distinct threshold; rows by rising threshold. Made by `accepted`."
+    "How many ID and OOD scores are <= each distinct threshold. Made by `accepted`."
     thresholds: Tensor # float64 [M], rising
-    n_id: Tensor       # int64 [M] (or [..., M]: one row per resample), its last entry the number of all ID scores
-    n_ood: Tensor      # int64 likewise, its last entry the number of all OOD scores
+    n_id: Tensor       # int64 [M], or [..., M] of resamples; its last entry is the number of all ID scores
+    n_ood: Tensor      # int64 [M] likewise, its last entry the number of all OOD scores
 
+# %% ../../nbs/core/03_metrics.ipynb #81a6387d
 def checked_scores(
     scores, # [N] or anything that flattens to it: Tensor, array, list; any real dtype
     name: str = "scores", # What the error calls them
 ) -> Tensor: # float64 [N] on the CPU
-    "`scores` as a flat float64 tensor; none at all or a NaN raises `NiooddError`. Infinities are legal: they only rank."
+    "`scores` in float64; none at all or a NaN raises `NiooddError`. Infinities are legal: they only rank."
     scores = torch.as_tensor(scores).detach().cpu().double().flatten()
-    if not len(scores): raise NiooddError(f"{name} are empty; expected at least one score; check that the set holds images")
-    if scores.isnan().any(): raise NiooddError(f"{name} hold {int(scores.isnan().sum())} NaN; expected numbers; check the network's logits")
+    if not len(scores):
+        raise NiooddError(f"{name} are empty; expected at least one score; check that the set holds images")
+    if n_nan := int(scores.isnan().sum()):
+        raise NiooddError(f"{name} hold {n_nan} NaN; expected numbers; check the network's logits")
     return scores
 
+# %% ../../nbs/core/03_metrics.ipynb #6eaa24b5
 def accepted(
     id_scores, # [N] scores of ID images, higher = more OOD
     ood_scores, # [M] scores of OOD images
 ) -> Accepted: # Counts at every threshold
-    "The numbers of ID and OOD scores accepted (score <= threshold) at every distinct threshold, by one sort."
-    id_scores, ood_scores = checked_scores(id_scores, "ID scores"), checked_scores(ood_scores, "OOD scores")
+    "The numbers of scores accepted (score <= threshold) at every distinct threshold, by one sort."
+    id_scores = checked_scores(id_scores, "ID scores")
+    ood_scores = checked_scores(ood_scores, "OOD scores")
     scores, order = torch.cat([id_scores, ood_scores]).sort()
-    last = torch.cat([scores[1:] != scores[:-1], torch.ones(1, dtype=torch.bool)]).nonzero().flatten()
+    differs_from_next = torch.cat([scores[1:] != scores[:-1], torch.tensor([True])])
+    last = differs_from_next.nonzero().flatten()
     n_id = (order < len(id_scores)).cumsum(0)[last]
     return Accepted(scores[last], n_id, last + 1 - n_id)
 
-# %% ../../nbs/core/03_metrics.ipynb #a1756675
+# %% ../../nbs/core/03_metrics.ipynb #18b57a9c
 def _steps(n: Tensor) -> Tensor: # int64 [..., M] cumulative → at each threshold alone
     return n.diff(prepend=torch.zeros_like(n[..., :1]))
 
+# %% ../../nbs/core/03_metrics.ipynb #a1756675
 def _auroc(c: Accepted) -> Tensor: # float64 [...]
     wins = (_steps(c.n_ood) * (2 * c.n_id - _steps(c.n_id))).sum(-1)
     return wins.double() / (2 * c.n_id[..., -1] * c.n_ood[..., -1]).double()
@@ -59,14 +67,15 @@ def auroc(
     "P(OOD score > ID score) + P(equal)/2. Exact: integer counts (up to 2⁵² pairs) and one division."
     return _auroc(c).item()
 
-# %% ../../nbs/core/03_metrics.ipynb #81a6387d
+# %% ../../nbs/core/03_metrics.ipynb #492bfba3
 def threshold_keeping(
     id_scores, # [N] scores of ID images, higher = more OOD
     keep: float = 0.95, # Share of them to accept at least, 0 < keep <= 1
 ) -> float: # One of the scores: accept iff score <= it
-    "The smallest threshold that accepts at least `keep` of `id_scores`; images that tie with it are accepted too."
+    "The smallest threshold that accepts at least `keep` of `id_scores`; ties with it are accepted too."
     scores = checked_scores(id_scores, "ID scores")
-    if not 0 < keep <= 1: raise NiooddError(f"keep is {keep}; expected a share in (0, 1]; 0.95 accepts 95 % of the ID scores")
+    if not 0 < keep <= 1:
+        raise NiooddError(f"keep is {keep}; expected a share in (0, 1]; 0.95 accepts 95 % of the ID scores")
     n = len(scores)
     k = max(math.ceil(keep * n), 1)
     if k > 1 and (k - 1) / n >= keep: k -= 1
@@ -78,8 +87,9 @@ def fpr_at_tpr(
     tpr: float = 0.95, # Share of the positives to recognise at least, in (0, 1]
     positive: str = "id", # "id": share of OOD accepted; "ood": share of ID rejected
 ) -> float: # In [0, 1]
-    "The share of negatives that go along at the tightest threshold that recognises at least `tpr` of the positives."
-    if not 0 < tpr <= 1: raise NiooddError(f"tpr is {tpr}; expected a share in (0, 1]; the customary one is 0.95")
+    "The share of negatives beyond the tightest threshold that recognises at least `tpr` of the positives."
+    if not 0 < tpr <= 1:
+        raise NiooddError(f"tpr is {tpr}; expected a share in (0, 1]; the customary one is 0.95")
     return _fpr(c, tpr, positive).item()
 
 def _fpr(c: Accepted, tpr: float, positive: str) -> Tensor: # float64 [...]
@@ -88,14 +98,17 @@ def _fpr(c: Accepted, tpr: float, positive: str) -> Tensor: # float64 [...]
     k = torch.searchsorted(share, torch.full_like(share[..., :1], tpr))
     return neg.gather(-1, k)[..., 0].double() / neg[..., -1]
 
+# %% ../../nbs/core/03_metrics.ipynb #66b75663
 def _recognised(c: Accepted, positive: str) -> tuple[Tensor, Tensor]:
     "Counts of positives and negatives on the positive side of each threshold, as it moves from none to all."
     if positive == "id": return c.n_id, c.n_ood
     if positive != "ood": raise unknown("positive class", positive, ["id", "ood"])
-    at_or_above = lambda n: (n[..., -1:] - n + _steps(n)).flip(-1)
-    return at_or_above(c.n_ood), at_or_above(c.n_id)
+    return _at_or_above(c.n_ood), _at_or_above(c.n_id)
 
-# %% ../../nbs/core/03_metrics.ipynb #6eaa24b5
+def _at_or_above(n: Tensor) -> Tensor: # int64 [..., M] cumulative, by falling threshold
+    return (n[..., -1:] - n + _steps(n)).flip(-1)
+
+# %% ../../nbs/core/03_metrics.ipynb #918bae60
 def aupr(
     c: Accepted, # From `accepted`
     positive: str = "id", # "id": AUPR-in; "ood": AUPR-out
@@ -105,31 +118,63 @@ def aupr(
 
 def _aupr(c: Accepted, positive: str) -> Tensor: # float64 [...]
     pos, neg = (x.double() for x in _recognised(c, positive))
-    recall, precision = pos / pos[..., -1:], (pos / (pos + neg)).nan_to_num(1.)   # 0/0: a threshold before the first image of a resample
+    recall = pos / pos[..., -1:]
+    precision = (pos / (pos + neg)).nan_to_num(1.) # 0/0 before the first image of a resample
     one = torch.ones_like(recall[..., :1])
-    return torch.trapezoid(torch.cat([one, precision], -1), torch.cat([one - 1, recall], -1))
+    precision, recall = torch.cat([one, precision], -1), torch.cat([one - 1, recall], -1)
+    return torch.trapezoid(precision, recall)
 
-# %% ../../nbs/core/03_metrics.ipynb #918bae60
-METRICS = dict(auroc=_auroc, aupr_in=lambda c: _aupr(c, "id"), aupr_out=lambda c: _aupr(c, "ood"),
-               fpr95_id_positive=lambda c: _fpr(c, 0.95, "id"), fpr95_ood_positive=lambda c: _fpr(c, 0.95, "ood")) # Accepted [..., M] → float64 [...]
+# %% ../../nbs/core/03_metrics.ipynb #36e49971
+METRICS = dict( # Accepted [..., M] → float64 [...]
+    auroc=_auroc,
+    aupr_in=partial(_aupr, positive="id"),
+    aupr_out=partial(_aupr, positive="ood"),
+    fpr95_id_positive=partial(_fpr, tpr=0.95, positive="id"),
+    fpr95_ood_positive=partial(_fpr, tpr=0.95, positive="ood"),
+)
 HIGHER_IS_BETTER = ("auroc", "aupr_in", "aupr_out")
 
+# %% ../../nbs/core/03_metrics.ipynb #9e45a1f8
 def ood_metrics(
     id_scores, # [N] scores of ID images, higher = more OOD; Tensor, array or list
     ood_scores, # [M] scores of OOD images
 ) -> dict[str, float]: # Fractions in [0, 1]
-    """`auroc`, `aupr_in`, `aupr_out` (higher is better), `fpr95_id_positive`, `fpr95_ood_positive` (lower is better).
+    """`auroc`, `aupr_in`, `aupr_out` (higher is better), `fpr95_id_positive`, `fpr95_ood_positive` (lower).
 
-    Exact under ties. `auroc`, `aupr_in`, `aupr_out` and `fpr95_ood_positive` are pytorch-ood's AUROC, AUPR-IN, AUPR-OUT and
-    FPR95TPR; `fpr95_id_positive` is the papers' FPR@95%TPR. Empty or NaN scores raise `NiooddError`."""
+    Exact under ties. `auroc`, `aupr_in`, `aupr_out`, `fpr95_ood_positive` are pytorch-ood's AUROC, AUPR-IN,
+    AUPR-OUT, FPR95TPR; `fpr95_id_positive` is the papers' FPR@95%TPR. Empty or NaN scores raise `NiooddError`."""
     c = accepted(id_scores, ood_scores)
     return {name: f(c).item() for name, f in METRICS.items()}
 
-# %% ../../nbs/core/03_metrics.ipynb #9a0fe732
+# %% ../../nbs/core/03_metrics.ipynb #9090fdb8
 def _redrawn(ranks: Tensor, drawn: Tensor, m: int) -> Tensor:
-    "Of images at thresholds `ranks` [N], those `drawn` [B, N]: int64 [B, m], how many lie at or below each of m thresholds."
-    return torch.zeros(len(drawn), m, dtype=torch.int64).scatter_add_(1, ranks[drawn], torch.ones_like(drawn)).cumsum(1)
+    "Of images at thresholds `ranks` [N], those `drawn` [B, N]: how many lie at or below each of m, int64 [B, m]."
+    counts = torch.zeros(len(drawn), m, dtype=torch.int64)
+    return counts.scatter_add_(1, ranks[drawn], torch.ones_like(drawn)).cumsum(1)
 
+# %% ../../nbs/core/03_metrics.ipynb #5ef52822
+class _Judged:
+    "One detector's scores of ID and OOD images, ranked once."
+    def __init__(self, id_scores: Tensor, ood_scores: Tensor):
+        self.counts = accepted(id_scores, ood_scores)
+        self.id_ranks = torch.searchsorted(self.counts.thresholds, id_scores)
+        self.ood_ranks = torch.searchsorted(self.counts.thresholds, ood_scores)
+
+    def redrawn(self, id_drawn: Tensor, ood_drawn: Tensor) -> Accepted:
+        "The counts of resamples: indices of the drawn images, int64 [B, N] and [B, M]."
+        m = len(self.counts.thresholds)
+        n_id, n_ood = _redrawn(self.id_ranks, id_drawn, m), _redrawn(self.ood_ranks, ood_drawn, m)
+        return Accepted(self.counts.thresholds, n_id, n_ood)
+
+# %% ../../nbs/core/03_metrics.ipynb #25d04a37
+def _pair(a, b, kind: str) -> tuple[Tensor, Tensor]:
+    "Both detectors' scores of the same images. Raises `NiooddError` if their numbers differ."
+    a, b = checked_scores(a, f"{kind} scores"), checked_scores(b, f"{kind} scores")
+    if len(a) == len(b): return a, b
+    raise NiooddError(f"A has {len(a)} {kind} scores and B {len(b)}; expected scores of the same images; "
+                      "a paired comparison needs both")
+
+# %% ../../nbs/core/03_metrics.ipynb #9a0fe732
 def paired_bootstrap(
     id_a, # [N] detector A's scores of ID images, higher = more OOD
     ood_a, # [M] A's scores of OOD images
@@ -137,33 +182,36 @@ def paired_bootstrap(
     ood_b, # [M] B's scores of the same OOD images
     metric: str = "fpr95_id_positive", # A name of `METRICS`
     n: int = 1000, # Resamples
-    seed: int = 0, # The resamples depend on it and on N and M alone: all comparisons on the same sets meet the same ones
+    seed: int = 0, # The resamples depend on it, N and M alone: comparisons on the same sets meet the same ones
 ) -> dict[str, float]:
-    """`difference` = metric of A − metric of B, `low` and `high` its 95 % percentile interval, `p_better` the share of resamples in which A is better (equal: ½).
+    """`difference` = metric of A − metric of B; `low` and `high`, its 95 % percentile interval; `p_better`, the
+    share of resamples in which A is better (equal: ½).
 
-    Covers which images were drawn, nothing else: not the network's seed. Efron, 1979; paired as in Efron & Tibshirani, 1993, §8. Raises `NiooddError`
-    for scores that do not belong to the same images (other lengths), an unknown metric, and what `checked_scores` refuses."""
+    Covers which images were drawn, not the network's seed. Efron, 1979; paired as in Efron & Tibshirani, 1993, §8.
+    Raises `NiooddError` for different numbers of scores, an unknown metric, and what `checked_scores` refuses."""
     if metric not in METRICS: raise unknown("metric", metric, METRICS)
     if n < 1: raise NiooddError(f"n is {n}; expected at least 1 resample; 1000 give a steady interval")
-    a, b = ([checked_scores(s, f"{kind} scores") for kind, s in zip(("ID", "OOD"), pair)] for pair in ((id_a, ood_a), (id_b, ood_b)))
-    for kind, x, y in zip(("ID", "OOD"), a, b):
-        if len(x) != len(y): raise NiooddError(f"A has {len(x)} {kind} scores and B {len(y)}; expected scores of the same images; a paired comparison needs both")
-    curves = [accepted(*s) for s in (a, b)]
-    ranks = [[torch.searchsorted(c.thresholds, x) for x in s] for c, s in zip(curves, (a, b))]
-    rng, f, differences = torch.Generator().manual_seed(seed), METRICS[metric], []
-    for part in torch.arange(n).split(max(1, 2**20 // (len(a[0]) + len(a[1])))):              # some million images at a time
-        drawn = [torch.randint(len(x), (len(part), len(x)), generator=rng) for x in a]
-        of_a, of_b = (f(Accepted(c.thresholds, *(_redrawn(k, d, len(c.thresholds)) for k, d in zip(r, drawn)))) for c, r in zip(curves, ranks))
-        differences.append(of_a - of_b)
-    d = torch.cat(differences)
-    better, (low, high) = (d > 0 if metric in HIGHER_IS_BETTER else d < 0), d.quantile(d.new_tensor([0.025, 0.975])).tolist()
-    return dict(difference=(f(curves[0]) - f(curves[1])).item(), low=low, high=high, p_better=(better.double() + (d == 0).double() / 2).mean().item())
+    id_a, id_b = _pair(id_a, id_b, "ID")
+    ood_a, ood_b = _pair(ood_a, ood_b, "OOD")
+    a, b, value = _Judged(id_a, ood_a), _Judged(id_b, ood_b), METRICS[metric]
+    rng, differences = torch.Generator().manual_seed(seed), []
+    for part in torch.arange(n).split(max(1, 2**20 // (len(id_a) + len(ood_a)))): # A million images at a time
+        drawn = [torch.randint(len(x), (len(part), len(x)), generator=rng) for x in (id_a, ood_a)]
+        differences.append(value(a.redrawn(*drawn)) - value(b.redrawn(*drawn)))
+    difference = (value(a.counts) - value(b.counts)).item()
+    return dict(difference=difference, **_interval(torch.cat(differences), metric in HIGHER_IS_BETTER))
 
-# %% ../../nbs/core/03_metrics.ipynb #057bc4c0
+def _interval(d: Tensor, higher_is_better: bool) -> dict[str, float]: # d float64 [n]
+    "The 95 % percentile interval of differences, and how often A is better."
+    low, high = d.quantile(d.new_tensor([0.025, 0.975])).tolist()
+    better = (d > 0 if higher_is_better else d < 0).double() + (d == 0).double() / 2
+    return dict(low=low, high=high, p_better=better.mean().item())
+
+# %% ../../nbs/core/03_metrics.ipynb #5e553f53
 def rejected_at_argmax(
     logits: Tensor, # [N, n+1], the last column garbage
 ) -> float: # In [0, 1]
-    "The share of images whose largest logit is the garbage one. On OOD: paper 1's detection; on ID: false rejection."
+    "Share of images whose largest logit is garbage. On OOD: paper 1's detection; on ID: false rejection."
     z = checked_logits(logits)
     return (z.argmax(1) == z.shape[1] - 1).double().mean().item()
 
@@ -175,9 +223,11 @@ def _correct(logits: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Te
     if labels.shape != z.shape[:1]:
         raise NiooddError(f"labels have shape {list(labels.shape)}; expected [{len(z)}], one for each row of logits")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < n_classes:
-        raise NiooddError(f"labels run from {int(labels.min())} to {int(labels.max())}; expected 0 to {n_classes - 1}; garbage has no label here")
+        raise NiooddError(f"labels run from {int(labels.min())} to {int(labels.max())}; "
+                          f"expected 0 to {n_classes - 1}; garbage has no label here")
     return z.argmax(1) == labels, labels
 
+# %% ../../nbs/core/03_metrics.ipynb #30ae74ee
 def known_accuracy(
     logits: Tensor, # [N, n+1], the last column garbage
     labels: Tensor, # int [N] in 0..n−1
@@ -185,13 +235,15 @@ def known_accuracy(
     "The share of ID images whose largest logit *among the known classes* is the label's; garbage is left out."
     return _correct(logits, labels, logits.shape[-1] - 1)[0].double().mean().item()
 
+# %% ../../nbs/core/03_metrics.ipynb #a1d5dfab
 def accuracy_all(
     logits: Tensor, # [N, K]
     labels: Tensor, # int [N] in 0..K−1
 ) -> float: # In [0, 1]
-    "The share of images whose largest logit among all outputs is the label's; an ID image taken for garbage is an error."
+    "Share of images whose largest logit of all is the label's; an ID image taken for garbage is an error."
     return _correct(logits, labels, logits.shape[-1])[0].double().mean().item()
 
+# %% ../../nbs/core/03_metrics.ipynb #7572d000
 def known_accuracy_per_class(
     logits: Tensor, # [N, n+1], the last column garbage
     labels: Tensor, # int [N] in 0..n−1
@@ -201,26 +253,32 @@ def known_accuracy_per_class(
     correct, labels = _correct(logits, labels, n)
     return labels[correct].bincount(minlength=n).double() / labels.bincount(minlength=n)
 
-# %% ../../nbs/core/03_metrics.ipynb #0bbbf533
+# %% ../../nbs/core/03_metrics.ipynb #870f6de1
 class RiskCoverage(NamedTuple):
     "Selective classification: answering only the images with the lowest scores. Made by `risk_coverage`."
     coverage: Tensor # float64 [N]: 1/N … 1, the share of images answered
     risk: Tensor     # float64 [N] in [0, 1]: the share of errors among them, expected over the orders of ties
 
+# %% ../../nbs/core/03_metrics.ipynb #0bbbf533
 def risk_coverage(
     scores, # [N] scores of ID images, higher = less sure, e.g. of nioodd.core.scores; Tensor, array or list
     correct, # [N] whether the answer is right: bool, or 0 and 1
 ) -> RiskCoverage:
-    "Risk at every coverage. Exact under ties. Raises `NiooddError` if lengths differ, `correct` is not 0 or 1, or scores are empty or NaN."
+    """Risk at every coverage. Exact under ties.
+
+    Raises `NiooddError` if lengths differ, `correct` is not 0 or 1, or scores are empty or NaN."""
     scores, correct = checked_scores(scores), checked_scores(correct, "correct")
-    if len(scores) != len(correct): raise NiooddError(f"{len(scores)} scores and {len(correct)} answers; expected one of each for every image")
+    if len(scores) != len(correct):
+        raise NiooddError(f"{len(scores)} scores and {len(correct)} answers; expected one of each for every image")
     if not ((correct == 0) | (correct == 1)).all():
-        raise NiooddError("correct holds other values than 0 and 1; expected whether each answer is right; pass prediction == label")
-    _, tie, sizes = scores.unique(return_inverse=True, return_counts=True)         # distinct scores, rising
+        raise NiooddError("correct holds other values than 0 and 1; expected whether each answer is right; "
+                          "pass prediction == label")
+    _, tie, sizes = scores.unique(return_inverse=True, return_counts=True) # Distinct scores, rising
     errors = tie.bincount(weights=1 - correct) / sizes
     k = torch.arange(1, len(scores) + 1, dtype=torch.float64)
     return RiskCoverage(k / len(scores), errors.repeat_interleave(sizes).cumsum(0) / k)
 
+# %% ../../nbs/core/03_metrics.ipynb #50191875
 def aurc(
     scores, # [N] scores of ID images, higher = less sure
     correct, # [N] whether the answer is right
@@ -228,35 +286,43 @@ def aurc(
     "Area under the risk–coverage curve: its mean. Geifman & El-Yaniv, NeurIPS 2017. Errors as `risk_coverage`."
     return risk_coverage(scores, correct).risk.mean().item()
 
-# %% ../../nbs/core/03_metrics.ipynb #49e8fd92
+# %% ../../nbs/core/03_metrics.ipynb #11f8b3b1
 class Reliability(NamedTuple):
     "What a reliability diagram shows, by rising confidence; NaN for a bin without images. Made by `reliability`."
     count: Tensor      # int64 [B], images in the bin
     confidence: Tensor # float64 [B], mean of the largest probability
     accuracy: Tensor   # float64 [B], share whose most probable class is the label
 
+# %% ../../nbs/core/03_metrics.ipynb #c8ab875e
 def reliability(
     probabilities: Tensor, # [N, K], rows sum to 1: a softmax, or a mean of several
     labels: Tensor, # int [N] in 0..K−1
     bins: int = 15, # Of equal width over [0, 1]
 ) -> Reliability:
-    "Accuracy beside confidence in each bin. Raises `NiooddError` for what is no probabilities (logits, say), labels that do not fit, or no images."
+    """Accuracy beside confidence in each bin.
+
+    Raises `NiooddError` for what is no probabilities (logits, say), labels that do not fit, or no images."""
     if bins < 1: raise NiooddError(f"bins is {bins}; expected at least 1; 15 are customary")
     p = checked_logits(probabilities)
-    if not len(p): raise NiooddError("probabilities are empty; expected at least one row; check that the set holds images")
+    if not len(p):
+        raise NiooddError("probabilities are empty; expected at least one row; check that the set holds images")
     if (p < 0).any() or ((p.sum(1) - 1).abs() > 1e-3).any():
-        raise NiooddError("the rows are no probabilities: some are negative or do not sum to 1; pass logits.softmax(1)")
+        raise NiooddError("the rows are no probabilities: some are negative or do not sum to 1; "
+                          "pass logits.softmax(1)")
     correct, confidence = _correct(p, labels, p.shape[1])[0].double(), p.amax(1)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=p.device)[1:-1]
     which = torch.bucketize(confidence, edges)
-    total = lambda w=None: which.bincount(w, minlength=bins)
-    return Reliability(total().cpu(), (total(confidence) / total()).cpu(), (total(correct) / total()).cpu())
+    count, confidence, correct = (which.bincount(w, minlength=bins).cpu() for w in (None, confidence, correct))
+    return Reliability(count, confidence / count, correct / count)
 
+# %% ../../nbs/core/03_metrics.ipynb #54390237
 def ece(
     probabilities: Tensor, # [N, K], rows sum to 1
     labels: Tensor, # int [N] in 0..K−1
     bins: int = 15, # Of equal width over [0, 1]
 ) -> float: # In [0, 1]; lower is better, but see above what it depends on
-    "Expected calibration error: mean |accuracy − confidence| over bins, weighted by images. Guo et al., ICML 2017, eq. 3. Errors as `reliability`."
+    """Expected calibration error: mean |accuracy − confidence| over bins, weighted by images.
+
+    Guo et al., ICML 2017, eq. 3. Errors as `reliability`."""
     count, confidence, accuracy = reliability(probabilities, labels, bins)
     return ((accuracy - confidence).abs().nan_to_num(0) * count).sum().item() / int(count.sum())

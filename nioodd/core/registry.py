@@ -6,7 +6,9 @@
 __all__ = ['patch', 'Registry']
 
 # %% ../../nbs/core/01_registry.ipynb #6e4412ad
+import builtins
 import typing
+from functools import partial
 
 from .errors import unknown
 
@@ -14,21 +16,20 @@ from .errors import unknown
 def patch(f):
     """Decorator: makes `f` a method of the class that annotates its first parameter, `self: Class`.
 
-    `@patch(classmethod)` and `@patch(property)` make it one of those; a classmethod has `cls: type[Class]`."""
-    if f in (classmethod, property): return lambda function: _attach(function, f)
-    return _attach(f)
+    `@patch(classmethod)` and `@patch(property)` make one of those; a classmethod has `cls: type[Class]`."""
+    return partial(_attach, kind=f) if f in (classmethod, property) else _attach(f)
 
 def _attach(f, kind=None):
-    "Put `f` into its class; returns what its name stood for before, so that a module's own function of that name stays."
+    "Put `f` into its class. Returns what the name stood for before, so that a function of that name stays."
     annotation = next(iter(f.__annotations__.values()))
     owner = (typing.get_args(annotation) or [annotation])[0]
     f.__qualname__ = f"{owner.__qualname__}.{f.__name__}"
     setattr(owner, f.__name__, kind(f) if kind else f)
-    return f.__globals__.get(f.__name__)
+    return f.__globals__.get(f.__name__, vars(builtins).get(f.__name__))
 
 # %% ../../nbs/core/01_registry.ipynb #071f0894
 class Registry(dict):
-    "Things of one `kind` by name. `registry[name]` raises `NiooddError`, with the nearest names, for an unknown one."
+    "Things of one `kind` by name. An unknown name raises `NiooddError`, with the nearest ones."
 
     def __init__(self, kind: str):
         super().__init__()

@@ -14,31 +14,37 @@ from .errors import NiooddError
 
 # %% ../../nbs/core/02_scores.ipynb #2dfc894d
 def checked_logits(
-    logits: Tensor, # [N, K], any real dtype, K >= 2; with a garbage class it is the last column
+    logits: Tensor, # [N, K], any real dtype, K >= 2; a garbage class is the last column
     n_known: int | None = None, # Keep the first `n_known` columns only; None: all K
-) -> Tensor: # float64 [N, K] or [N, n_known], on the same device (CPU for MPS, which has no float64)
+) -> Tensor: # float64 [N, K] or [N, n_known]; on the CPU for MPS, which has no float64
     "`logits` in float64; a wrong shape, NaN or infinity raises `NiooddError`."
     if logits.ndim != 2 or logits.shape[1] < 2:
-        raise NiooddError(f"logits have shape {list(logits.shape)}; expected [N, K] with at least 2 outputs; pass a batch")
+        raise NiooddError(f"logits have shape {list(logits.shape)}; expected [N, K] with at least 2 outputs; "
+                          "pass a batch")
     if n_known is not None and not 2 <= n_known <= logits.shape[1]:
-        raise NiooddError(f"n_known is {n_known}; expected 2 to {logits.shape[1]}, the number of outputs; leave it out for all")
+        raise NiooddError(f"n_known is {n_known}; expected 2 to {logits.shape[1]}, the number of outputs; "
+                          "leave it out for all")
     if logits.device.type == "mps": logits = logits.cpu()
     z = logits.double()
-    if not torch.isfinite(z).all():
-        bad = int((~torch.isfinite(z)).any(1).sum())
-        raise NiooddError(f"{bad} of {len(z)} rows of logits hold NaN or infinity; expected finite numbers; the network has diverged or its input holds NaN")
+    bad = int((~torch.isfinite(z)).any(1).sum())
+    if bad:
+        raise NiooddError(f"{bad} of {len(z)} rows of logits hold NaN or infinity; expected finite numbers; "
+                          "the network has diverged or its input holds NaN")
     return z if n_known is None else z[:, :n_known]
 
 # %% ../../nbs/core/02_scores.ipynb #149a1691
-def checked_softmax(logits: Tensor, n_known: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    "log p, p and q = 1 − p, float64 [N, K]; for the largest p, q is the sum of the other p, so nothing cancels."
+def checked_softmax(
+    logits: Tensor, # [N, K]
+    n_known: int | None = None, # Over the first `n_known` outputs only
+) -> tuple[Tensor, Tensor, Tensor]: # log p, p and q = 1 − p, float64 [N, K]
+    "The softmax without cancellation: of the largest p, q is the sum of the others. Errors as `checked_logits`."
     log_p = checked_logits(logits, n_known).log_softmax(1)
     p = log_p.exp()
     top = p.argmax(1, keepdim=True)
     rest = p.scatter(1, top, 0.).sum(1, keepdim=True)
     return log_p.scatter(1, top, torch.log1p(-rest)), p, (1 - p).scatter(1, top, rest)
 
-# %% ../../nbs/core/02_scores.ipynb #18cdb77d
+# %% ../../nbs/core/02_scores.ipynb #bb28935b
 def msp(
     logits: Tensor, # [N, K]
     n_known: int | None = None, # Over the first `n_known` outputs only
@@ -46,6 +52,7 @@ def msp(
     "1 − max p, computed without cancellation. Hendrycks & Gimpel, ICLR 2017. Errors as `checked_logits`."
     return checked_softmax(logits, n_known)[2].amin(1)
 
+# %% ../../nbs/core/02_scores.ipynb #d0db5ee8
 def entropy(
     logits: Tensor, # [N, K]
     n_known: int | None = None, # Over the first `n_known` outputs only
@@ -54,6 +61,7 @@ def entropy(
     log_p, p, _ = checked_softmax(logits, n_known)
     return -(p * log_p).sum(1)
 
+# %% ../../nbs/core/02_scores.ipynb #ec8be01c
 def max_logit(
     logits: Tensor, # [N, K]
     n_known: int | None = None, # Over the first `n_known` outputs only
@@ -61,6 +69,7 @@ def max_logit(
     "−max z. Hendrycks et al., ICML 2022. Errors as `checked_logits`."
     return -checked_logits(logits, n_known).amax(1)
 
+# %% ../../nbs/core/02_scores.ipynb #723e0388
 def energy(
     logits: Tensor, # [N, K]
     n_known: int | None = None, # Over the first `n_known` outputs only
@@ -68,26 +77,27 @@ def energy(
     "−logsumexp z, the free energy at temperature 1. Liu et al., NeurIPS 2020, eq. 4. Errors as `checked_logits`."
     return -checked_logits(logits, n_known).logsumexp(1)
 
-# %% ../../nbs/core/02_scores.ipynb #bb28935b
+# %% ../../nbs/core/02_scores.ipynb #07775711
 def uncertainty(
     logits: Tensor, # [N, K]
-    n_known: int | None = None, # Over the first `n_known` outputs only: "which known class, how sure"
+    n_known: int | None = None, # Over the first `n_known` outputs only
 ) -> Tensor: # float64 [N] in [0, 1]: 0 a one-hot, 1 the uniform distribution
-    "U = K/(K−1) Σ p(1−p), the rescaled Gini index: paper 1's uncertainty estimate (§3.7). Errors as `checked_logits`."
+    "U = K/(K−1) Σ p(1−p), the rescaled Gini index. Paper 1, §3.7. Errors as `checked_logits`."
     _, p, q = checked_softmax(logits, n_known)
     K = p.shape[1]
     return (p * q).sum(1) * (K / (K - 1))
 
-# %% ../../nbs/core/02_scores.ipynb #ec8be01c
+# %% ../../nbs/core/02_scores.ipynb #d22468a8
 def garbage_log_odds(
     logits: Tensor, # [N, n+1], the last column garbage
 ) -> Tensor: # float64 [N], unbounded; 0: as likely garbage as known
-    "log p_garbage − log(1 − p_garbage) = z_garbage − logsumexp(z_known). The score of choice. Errors as `checked_logits`."
+    "log p_garbage − log(1 − p_garbage) = z_garbage − logsumexp(z_known). Errors as `checked_logits`."
     z = checked_logits(logits)
     return z[:, -1] - z[:, :-1].logsumexp(1)
 
+# %% ../../nbs/core/02_scores.ipynb #169464e4
 def garbage_probability(
     logits: Tensor, # [N, n+1], the last column garbage
 ) -> Tensor: # float64 [N] in [0, 1]
-    "The softmax probability of the last output: the sigmoid of `garbage_log_odds`. Errors as `checked_logits`."
+    "Softmax probability of the last output: the sigmoid of `garbage_log_odds`. Errors as `checked_logits`."
     return garbage_log_odds(logits).sigmoid()

@@ -14,41 +14,61 @@ from torch import Tensor, nn
 from ..core.detector import Detector
 from ..core.errors import NiooddError
 from ..core.models import Classifier
+from ..core.registry import patch
 from ..core.scores import garbage_log_odds, garbage_probability
 
-# %% ../../nbs/inversion/04_detector.ipynb #a5ffad35
+# %% ../../nbs/inversion/04_detector.ipynb #9d71a534
 class GarbageDetector(Detector):
-    "Score: the log odds of the garbage class, float64; the network's last output is garbage (paper 1, §3; the score: `nioodd.core.scores`)."
+    """Score: the log odds of the garbage class, the network's last output (paper 1, §3), float64.
+
+    `predict` takes images [B, C, H, W], `predict_logits` logits [B, n+1]. Raises `NiooddError` for a
+    network with other than n+1 outputs."""
     info = pytorch_ood.api.DetectorInfo(tasks={pytorch_ood.api.Task.CLASSIFICATION})
 
     def __init__(self,
         model: nn.Module, # Images → logits [B, n+1]
-        n_known: int | None = None, # n, checked against the network's outputs; None: their number minus one
+        n_known: int | None = None, # n, checked against the outputs; None: their number minus one
         threshold: float | None = None, # A score above it is OOD; None: not set yet
         classes: list[str] | None = None, # Names of the n known classes; None: "0", "1", ...
     ):
         super().__init__(model, threshold, classes, n_known)
-        if isinstance(model, Classifier): self._check(model.arguments["n_outputs"])
+        if isinstance(model, Classifier): self._check_outputs(model.arguments["n_outputs"])
 
     def arguments(self) -> dict[str, Any]: return dict(n_known=self.n_known, classes=self.classes)
 
-    def _check(self, n_outputs: int) -> None:
-        if self.n_known is not None and n_outputs != self.n_known + 1:
-            raise NiooddError(f"the network has {n_outputs} outputs; expected {self.n_known + 1}, n_known={self.n_known} and garbage; "
-                              "train it with a garbage class")
+# %% ../../nbs/inversion/04_detector.ipynb #268717d2
+@patch
+def _check_outputs(self: GarbageDetector, n_outputs: int) -> None:
+    "Raise `NiooddError` unless there is one output more than known classes."
+    if self.n_known is None or n_outputs == self.n_known + 1: return
+    raise NiooddError(f"the network has {n_outputs} outputs; "
+                      f"expected {self.n_known + 1}, n_known={self.n_known} and garbage; "
+                      "train it with a garbage class")
 
-    def predict_logits(self, logits: Tensor) -> Tensor: # [B, n+1] → float64 [B]
-        "Log odds of the last class; see `nioodd.core.scores.garbage_log_odds`."
-        self._check(logits.shape[-1])
-        return garbage_log_odds(logits)
+# %% ../../nbs/inversion/04_detector.ipynb #8e635d9d
+@patch
+def predict_logits(self: GarbageDetector, logits: Tensor) -> Tensor: # [B, n+1] → float64 [B]
+    "Log odds of the last class; see `nioodd.core.scores.garbage_log_odds`."
+    self._check_outputs(logits.shape[-1])
+    return garbage_log_odds(logits)
 
-    def predict(self, x: Tensor) -> Tensor: # [B, C, H, W], see `as_input` → float64 [B], on the CPU
-        "Scores of images: higher = more OOD."
-        return self.predict_logits(self.logits(x))
+@patch
+def predict(self: GarbageDetector, x: Tensor) -> Tensor: # [B, C, H, W] → float64 [B]
+    "Scores of images, on the CPU: higher = more OOD."
+    return self.predict_logits(self.logits(x))
 
-    def verdict(self, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
-        """What to tell a user of each image, from one forward pass; all [B]. As `Detector.verdict_of`, over the *known* classes;
-        and `garbage_probability` float64 in [0, 1]."""
-        z = self.logits(x)
-        said = self.verdict_of(z[:, :-1], self.predict_logits(z))
-        return said | dict(garbage_probability=garbage_probability(z))
+# %% ../../nbs/inversion/04_detector.ipynb #b0e18441
+@patch
+def logits_and_scores(self: GarbageDetector, x: Tensor) -> tuple[Tensor, Tensor]:
+    "Logits [B, n+1] and scores [B] of images [B, C, H, W], from one forward pass."
+    logits = self.logits(x)
+    return logits, self.predict_logits(logits)
+
+@patch
+def verdict_of(self: GarbageDetector,
+    logits: Tensor, # [B, n+1]
+    scores: Tensor, # [B]
+) -> dict[str, Tensor]: # All [B]
+    "As `Detector.verdict_of`, over the *known* classes; and `garbage_probability` float64 in [0, 1]."
+    verdict = super(GarbageDetector, self).verdict_of(logits[:, :-1], scores)
+    return verdict | dict(garbage_probability=garbage_probability(logits))

@@ -31,75 +31,111 @@ from ..core.images import ImageSet, to_input
 from ..core.training import arithmetic, autocast, has_bfloat16, train_epoch
 from ..inversion.config import preset
 from ..inversion.generator import Generator, sample_conditions
-from ..inversion.invert import Weights, frozen, train_generator
+from ..inversion.invert import TrainingOptions, frozen, loss_weights, train_generator
 from ..inversion.loop import Loop
 
 # %% ../../nbs/speed/00_loop.ipynb #194dfac5
 class Call(NamedTuple):
     "One layer as it was called in a training step."
+
     layer: nn.Module
-    x: Tensor # Its input, detached; requires a gradient if it did
-    parameters: list[nn.Parameter] # Those that required a gradient
-    forward: int # Floating-point operations of the forward pass
-    flops: int # With those of the backward pass
+    x: Tensor  # Its input, detached; requires a gradient if it did
+    parameters: list[nn.Parameter]  # Those that required a gradient
+    forward: int  # Floating-point operations of the forward pass
+    flops: int  # With those of the backward pass
 
     @property
-    def is_conv(self) -> bool: return not isinstance(self.layer, nn.Linear)
+    def is_conv(self) -> bool:
+        return not isinstance(self.layer, nn.Linear)
+
 
 def _forward_flops(layer: nn.Module, x: Tensor, y: Tensor) -> int:
     "Floating-point operations of y = layer(x)."
-    if isinstance(layer, nn.Linear): return 2 * x.numel() * layer.out_features
+    if isinstance(layer, nn.Linear):
+        return 2 * x.numel() * layer.out_features
     return 2 * (x if isinstance(layer, nn.ConvTranspose2d) else y).numel() * layer.weight[0].numel()
 
 # %% ../../nbs/speed/00_loop.ipynb #c5c117f7
 def layer_calls(
-    step: Callable[[], object], # The forward part of a training step
-    *networks: nn.Module, # Whose layers are to be looked at
+    step: Callable[[], object],  # The forward part of a training step
+    *networks: nn.Module,  # Whose layers are to be looked at
 ) -> list[Call]:
-    "The linear and (transposed) convolutional layers of `networks` that `step()` calls, in order, with what forward and backward cost."
+    "The linear and convolutional layers of `networks` that `step()` calls, in order, with their cost."
     calls = []
+
     def note(layer, args, y):
         x, weights = args[0], [p for p in layer.parameters() if p.requires_grad]
         f = _forward_flops(layer, x, y)
         passes = 1 + x.requires_grad + layer.weight.requires_grad
-        calls.append(Call(layer, x.detach().requires_grad_(x.requires_grad), weights, f, passes * f))
-    layers = [m for n in networks for m in n.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
-    with hooked(layers, note): step()
+        calls.append(
+            Call(layer, x.detach().requires_grad_(x.requires_grad), weights, f, passes * f)
+        )
+
+    layers = [
+        m
+        for n in networks
+        for m in n.modules()
+        if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
+    ]
+    with hooked(layers, note):
+        step()
     return calls
 
 # %% ../../nbs/speed/00_loop.ipynb #10d5c985
-def classifier_calls(classifier: nn.Module, images: Tensor, precision: str = "float32") -> list[Call]:
+def classifier_calls(
+    classifier: nn.Module, images: Tensor, precision: str = "float32"
+) -> list[Call]:
     "What one training step of `classifier` on uint8 images [N, C, H, W] calls."
     device = next(classifier.parameters()).device
+
     def step():
-        with autocast(precision, device): classifier.train()(to_input(images.to(device)).contiguous(memory_format=torch.channels_last))
+        with autocast(precision, device):
+            classifier.train()(
+                to_input(images.to(device)).contiguous(memory_format=torch.channels_last)
+            )
+
     return layer_calls(step, classifier)
 
-def generator_calls(generator: Generator, classifier: nn.Module, n: int, precision: str = "float32") -> list[Call]:
+
+def generator_calls(
+    generator: Generator, classifier: nn.Module, n: int, precision: str = "float32"
+) -> list[Call]:
     "What one training step of `generator` on n images against the frozen `classifier` calls."
     device = next(generator.parameters()).device
     c, y = sample_conditions(n, generator.n_outputs, device=device)
+
     def step():
-        with autocast(precision, device): classifier(generator.train().sample(c, y))
-    with frozen(classifier): return layer_calls(step, generator, classifier)
+        with autocast(precision, device):
+            classifier(generator.train().sample(c, y))
+
+    with frozen(classifier):
+        return layer_calls(step, generator, classifier)
 
 # %% ../../nbs/speed/00_loop.ipynb #956d2e91
-Job = Callable[[], object] # Does a fixed amount of work
+Job = Callable[[], object]  # Does a fixed amount of work
 
-def matmul_job(precision: str, device: str | torch.device = "cpu", n: int = 1024) -> tuple[Job, float]:
+
+def matmul_job(
+    precision: str, device: str | torch.device = "cpu", n: int = 1024
+) -> tuple[Job, float]:
     "A product of two n×n matrices, and its floating-point operations."
     a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, precision))
     return (lambda: torch.mm(a, b)), 2 * n**3
 
+
 def conv_job(calls: list[Call], precision: str, times: int = 1) -> tuple[Job, float]:
-    "Only the convolutions of a training step, forward and backward, `times` times, on inputs and gradients as they come there, and its operations."
+    "Only the convolutions of a training step, forward and backward, `times` times; and their operations."
     calls = [c for c in calls if c.is_conv]
     device = calls[0].x.device
-    with torch.no_grad(), autocast(precision, device): grads = [torch.randn_like(c.layer(c.x)) for c in calls]
+    with torch.no_grad(), autocast(precision, device):
+        grads = [torch.randn_like(c.layer(c.x)) for c in calls]
+
     def job():
         for c, g in list(zip(calls, grads)) * times:
-            with autocast(precision, device): y = c.layer(c.x)
+            with autocast(precision, device):
+                y = c.layer(c.x)
             torch.autograd.grad(y, ([c.x] if c.x.requires_grad else []) + c.parameters, g)
+
     return job, times * sum(c.flops for c in calls)
 
 # %% ../../nbs/speed/00_loop.ipynb #9e41ab78
@@ -107,46 +143,76 @@ def interleaved(
     jobs: dict[str, Job],
     rounds: int = 7,
     device: str | torch.device = "cpu",
-    limit: float = 45.0, # Seconds after which no further round is begun; two are always made
-    progress: bool = False, # Show a progress bar
-    clock: Callable[[], float] = time.perf_counter, # time.process_time: CPU time, for one thread on a machine that others use
-) -> dict[str, list[float]]: # Seconds of each job in each round
+    limit: float = 45.0,  # Seconds after which no further round is begun; two are always made
+    progress: bool = False,  # Show a progress bar
+    clock: Callable[
+        [], float
+    ] = time.perf_counter,  # time.process_time: CPU time, for one thread on a machine that others use
+) -> dict[str, list[float]]:  # Seconds of each job in each round
     "Every job once to warm up, then `rounds` times in turn: A B C, A B C, …"
+
     def seconds(job):
         start = clock()
         job()
-        if torch.device(device).type == "cuda": torch.cuda.synchronize(device)
+        if torch.device(device).type == "cuda":
+            torch.cuda.synchronize(device)
         return clock() - start
+
     start, taken = time.perf_counter(), {name: [] for name in jobs}
-    for job in tqdm(jobs.values(), desc="warming up", leave=False, disable=not progress): seconds(job)
+    for job in tqdm(jobs.values(), desc="warming up", leave=False, disable=not progress):
+        seconds(job)
     for r in tqdm(range(rounds), desc="measuring", leave=False, disable=not progress):
-        if r >= 2 and time.perf_counter() - start > limit: break
-        for name, job in jobs.items(): taken[name].append(seconds(job))
+        if r >= 2 and time.perf_counter() - start > limit:
+            break
+        for name, job in jobs.items():
+            taken[name].append(seconds(job))
     return taken
 
-def machine(device: str | torch.device = "cpu") -> str: # The first words of a report
+
+def machine(device: str | torch.device = "cpu") -> str:  # The first words of a report
     "What is measured on: the GPU's name, or the kind of CPU, its vector instructions and the number of threads."
-    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if torch.device(device).type == "cuda"
+        else f"{platform.machine()} CPU ({torch.backends.cpu.get_cpu_capability()}), "
+        f"{torch.get_num_threads()} threads"
+    )
 
 # %% ../../nbs/speed/00_loop.ipynb #6b49bd4a
 class PilDigits(Dataset):
-    "uint8 images [N, 1, H, W] one at a time as torchvision's MNIST gives them: PIL image → float tensor in [−1, 1], and label."
+    "uint8 images [N, 1, H, W] one at a time, as torchvision's MNIST gives them: a float tensor and a label."
+
     def __init__(self, images: Tensor, labels: Tensor):
         self.data, self.targets = images[:, 0], labels
-        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))])
+        self.transform = transforms.Compose(
+            [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
+        )
 
-    def __len__(self) -> int: return len(self.data)
+    def __len__(self) -> int:
+        return len(self.data)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         return self.transform(Image.fromarray(self.data[i].numpy())), int(self.targets[i])
 
+
 class UsualClassifier(nn.Module):
-    "The network of paper 1, §3.3, layer by layer in the paper's order. `state_dict` has the order of `Classifier`'s."
+    "The network of paper 1, §3.3, layer by layer in the paper's order; `state_dict` as of `Classifier`."
+
     def __init__(self, n_outputs: int):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.LeakyReLU(), nn.MaxPool2d(2),
-                                  nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.LeakyReLU(), nn.MaxPool2d(2),
-                                  nn.Flatten(), nn.Linear(3136, 128), nn.LeakyReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1),
+            nn.BatchNorm2d(32),
+            nn.LeakyReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1),
+            nn.BatchNorm2d(64),
+            nn.LeakyReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(3136, 128),
+            nn.LeakyReLU(),
+        )
         self.dropout, self.head = nn.Dropout(0.5), nn.Linear(128, n_outputs)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,7 +220,9 @@ class UsualClassifier(nn.Module):
         return self.head(self.dropout(features)), features
 
 # %% ../../nbs/speed/00_loop.ipynb #92f9de9e
-def usual_epoch(model: UsualClassifier, loader: DataLoader, optimiser: torch.optim.Optimizer) -> float:
+def usual_epoch(
+    model: UsualClassifier, loader: DataLoader, optimiser: torch.optim.Optimizer
+) -> float:
     "One epoch of cross-entropy the usual way; the mean loss."
     device = next(model.parameters()).device
     total = right = 0
@@ -171,17 +239,28 @@ def usual_epoch(model: UsualClassifier, loader: DataLoader, optimiser: torch.opt
     return total / len(loader.dataset)
 
 # %% ../../nbs/speed/00_loop.ipynb #2a084e80
-def usual_loss(logits: Tensor, features: Tensor, c: Tensor, y: Tensor, weights: Weights = Weights()) -> Tensor:
+def usual_loss(logits: Tensor, features: Tensor, c: Tensor, y: Tensor) -> Tensor:
     "The inversion loss (see `nioodd.inversion.invert.inversion_loss`) with all pairs written out."
-    n = len(features)
+    n, weights = len(features), loss_weights()
     u = F.normalize(features, dim=1)
     cosines = u @ u.T
     cosine = (cosines.sum() - cosines.diagonal().sum()) / (n * (n - 1))
     ortho = ((cosines - torch.eye(n, device=u.device)) ** 2).mean()
-    kl, ce = F.kl_div(F.log_softmax(logits, 1), c, reduction="batchmean"), F.cross_entropy(logits, y)
-    return (weights.kl * kl + weights.ce * ce + weights.cosine * cosine + weights.ortho * ortho) / sum(weights)
+    kl, ce = (
+        F.kl_div(F.log_softmax(logits, 1), c, reduction="batchmean"),
+        F.cross_entropy(logits, y),
+    )
+    terms = dict(kl=kl, ce=ce, cosine=cosine, ortho=ortho)
+    return sum(weights[name] * term for name, term in terms.items()) / sum(weights.values())
 
-def usual_generator_steps(generator: Generator, classifier: UsualClassifier, optimiser: torch.optim.Optimizer, steps: int, batch_size: int = 64) -> float:
+
+def usual_generator_steps(
+    generator: Generator,
+    classifier: UsualClassifier,
+    optimiser: torch.optim.Optimizer,
+    steps: int,
+    batch_size: int = 64,
+) -> float:
     "`steps` steps of the generator the usual way; the mean loss."
     device, total = next(generator.parameters()).device, 0.0
     generator.train(), classifier.eval()
@@ -189,7 +268,9 @@ def usual_generator_steps(generator: Generator, classifier: UsualClassifier, opt
         c = torch.randn(batch_size, generator.n_outputs, device=device).softmax(1)
         y = c.argmax(1)
         optimiser.zero_grad()
-        logits, features = classifier(generator(torch.randn(batch_size, generator.latent_dim, device=device), c, y))
+        logits, features = classifier(
+            generator(torch.randn(batch_size, generator.latent_dim, device=device), c, y)
+        )
         loss = usual_loss(logits, features, c, y)
         loss.backward()
         optimiser.step()
@@ -197,23 +278,41 @@ def usual_generator_steps(generator: Generator, classifier: UsualClassifier, opt
     return total / steps
 
 # %% ../../nbs/speed/00_loop.ipynb #fda5ccfb
-KINDS = {"convolution, forward": ("aten::convolution",), "convolution, backward": ("aten::convolution_backward",),
-         "batch norm, forward": ("aten::batch_norm",), "batch norm, backward": ("aten::native_batch_norm_backward",),
-         "max-pool, forward": ("aten::max_pool2d",), "max-pool, backward": ("aten::max_pool2d_with_indices_backward",),
-         "LeakyReLU, both": ("aten::leaky_relu", "aten::leaky_relu_backward"), "linear, both": ("aten::addmm", "aten::mm"),
-         "gather of bytes, to [−1, 1]": ("aten::index", "aten::index_select", "aten::div_", "aten::sub_")} # Operations that contain neither each other nor, under autocast, themselves
+KINDS = {
+    "convolution, forward": ("aten::convolution",),
+    "convolution, backward": ("aten::convolution_backward",),
+    "batch norm, forward": ("aten::batch_norm",),
+    "batch norm, backward": ("aten::native_batch_norm_backward",),
+    "max-pool, forward": ("aten::max_pool2d",),
+    "max-pool, backward": ("aten::max_pool2d_with_indices_backward",),
+    "LeakyReLU, both": ("aten::leaky_relu", "aten::leaky_relu_backward"),
+    "linear, both": ("aten::addmm", "aten::mm"),
+    "gather of bytes, to [−1, 1]": (
+        "aten::index",
+        "aten::index_select",
+        "aten::div_",
+        "aten::sub_",
+    ),
+}  # Operations that contain neither each other nor, under autocast, themselves
+
 
 def step_profile(
     classifier: nn.Module,
     optimiser: torch.optim.Optimizer,
-    s: ImageSet, # Trained on for one epoch
+    s: ImageSet,  # Trained on for one epoch
     batch_size: int = 64,
     precision: str = "float32",
-) -> dict[str, float]: # Milliseconds per step of each kind of `KINDS`, of the optimiser, and of the rest
+) -> dict[
+    str, float
+]:  # Milliseconds per step of each kind of `KINDS`, of the optimiser, and of the rest
     "Where the time of `nioodd.core.training.train_epoch` goes on a CPU."
-    train = lambda: train_epoch(classifier, s.images, s.labels, optimiser, batch_size=batch_size, precision=precision)
+    train = lambda: train_epoch(
+        classifier, s.images, s.labels, optimiser, batch_size=batch_size, precision=precision
+    )
     train()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler's library reports its own start and stop
+    os.environ.setdefault(
+        "KINETO_LOG_LEVEL", "99"
+    )  # or the profiler's library reports its own start and stop
     with profile(activities=[ProfilerActivity.CPU]) as p:
         start = time.perf_counter()
         train()
@@ -227,56 +326,92 @@ def step_profile(
 # %% ../../nbs/speed/00_loop.ipynb #e75781d4
 class Work(NamedTuple):
     "A job, and what it gets done."
+
     job: Job
     images: int
     flops: float
 
+
 def _own_jobs(loop: Loop, s: ImageSet, precision: str, steps: int) -> dict[str, Work]:
     "This library's jobs in one precision: product, epochs, generator steps, and the convolutions of each alone."
-    jobs = {f"product {precision}": Work(*(lambda job, flops: (job, 0, flops))(*matmul_job(precision, loop.device)))}
+    job, flops = matmul_job(precision, loop.device)
+    jobs = {f"product {precision}": Work(job, images=0, flops=flops)}
     for batch in (64, 256):
         calls = classifier_calls(loop.classifier, s.images[:batch], precision)
-        train = lambda b=batch: train_epoch(loop.classifier, s.images, s.labels, loop.optimiser, batch_size=b, precision=precision)
+        train = lambda b=batch: train_epoch(
+            loop.classifier, s.images, s.labels, loop.optimiser, batch_size=b, precision=precision
+        )
         times = max(1, len(s) // batch)
-        jobs[f"classifier {precision} {batch}"] = Work(train, len(s), sum(c.flops for c in calls) * len(s) / batch)
+        jobs[f"classifier {precision} {batch}"] = Work(
+            train, len(s), sum(c.flops for c in calls) * len(s) / batch
+        )
         job, flops = conv_job(calls, precision, times)
         jobs[f"classifier {precision} {batch} conv"] = Work(job, times * batch, flops)
     calls = generator_calls(loop.generator, loop.classifier, 64, precision)
-    invert = lambda: train_generator(loop.generator, loop.classifier, loop.generator_optimiser, steps=steps, grad_every=0, precision=precision, progress=False)
-    jobs[f"generator {precision} 64"] = Work(invert, 64 * steps, sum(c.flops for c in calls) * steps)
+    invert = lambda: train_generator(
+        loop.generator,
+        loop.classifier,
+        loop.generator_optimiser,
+        steps=steps,
+        options=TrainingOptions(grad_every=0, precision=precision),
+        progress=False,
+    )
+    jobs[f"generator {precision} 64"] = Work(
+        invert, 64 * steps, sum(c.flops for c in calls) * steps
+    )
     job, flops = conv_job(calls, precision, steps)
     jobs[f"generator {precision} 64 conv"] = Work(job, 64 * steps, flops)
     return jobs
 
 # %% ../../nbs/speed/00_loop.ipynb #ba383c76
-def _usual_jobs(s: ImageSet, device: str | torch.device, steps: int, numbers: tuple[int, ...] = (0, 2)) -> dict[str, Work]:
+def _usual_jobs(
+    s: ImageSet, device: str | torch.device, steps: int, numbers: tuple[int, ...] = (0, 2)
+) -> dict[str, Work]:
     "The usual way's epoch, by each of these numbers of worker processes, and its generator steps."
-    model, generator, data = UsualClassifier(11).to(device), Generator(11).to(device), PilDigits(s.images, s.labels)
-    adam, adam_g = torch.optim.Adam(model.parameters(), 1e-3), torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.5, 0.999))
+    model, generator, data = (
+        UsualClassifier(11).to(device),
+        Generator(11).to(device),
+        PilDigits(s.images, s.labels),
+    )
+    adam, adam_g = (
+        torch.optim.Adam(model.parameters(), 1e-3),
+        torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.5, 0.999)),
+    )
     jobs = {}
     for workers in numbers:
-        loader = DataLoader(data, batch_size=64, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
-        jobs[f"usual classifier {workers} workers"] = Work(lambda l=loader: usual_epoch(model, l, adam), len(s), 0)
-    jobs["usual generator"] = Work(lambda: usual_generator_steps(generator, model, adam_g, steps), 64 * steps, 0)
+        loader = DataLoader(
+            data, batch_size=64, shuffle=True, num_workers=workers, persistent_workers=workers > 0
+        )
+        jobs[f"usual classifier {workers} workers"] = Work(
+            lambda l=loader: usual_epoch(model, l, adam), len(s), 0
+        )
+    jobs["usual generator"] = Work(
+        lambda: usual_generator_steps(generator, model, adam_g, steps), 64 * steps, 0
+    )
     return jobs
 
 # %% ../../nbs/speed/00_loop.ipynb #05a30660
 class Measured(NamedTuple):
     "Rates of all jobs in all rounds."
-    images: dict[str, list[float]] # Images per second
-    flops: dict[str, list[float]] # Floating-point operations per second
+
+    images: dict[str, list[float]]  # Images per second
+    flops: dict[str, list[float]]  # Floating-point operations per second
     precisions: list[str]
 
-    def share(self, job: str, of: str) -> float: return median(a / b for a, b in zip(self.flops[job], self.flops[of]))
-    def gain(self, job: str, over: str) -> float: return median(a / b for a, b in zip(self.images[job], self.images[over]))
+    def share(self, job: str, of: str) -> float:
+        return median(a / b for a, b in zip(self.flops[job], self.flops[of]))
+
+    def gain(self, job: str, over: str) -> float:
+        return median(a / b for a, b in zip(self.images[job], self.images[over]))
+
 
 def measure(
     device: str | torch.device = "cpu",
-    images: int = 1024, # Of an epoch
-    steps: int = 8, # Of the generator
+    images: int = 1024,  # Of an epoch
+    steps: int = 8,  # Of the generator
     rounds: int = 7,
-    limit: float = 45.0, # Seconds after which no further round is begun
-    progress: bool = False, # Show a progress bar
+    limit: float = 45.0,  # Seconds after which no further round is begun
+    progress: bool = False,  # Show a progress bar
     clock: Callable[[], float] = time.perf_counter,
 ) -> Measured:
     "Time everything in turn; torch's global random generator is left as found."
@@ -285,32 +420,58 @@ def measure(
         loop = Loop(preset("exp1"), Problem(s, s, {}), device, progress=False)
         precisions = ["float32"] + ["bfloat16"] * has_bfloat16(device)
         work = {name: w for p in precisions for name, w in _own_jobs(loop, s, p, steps).items()}
-        work |= _usual_jobs(s, device, steps, (0,) if clock is time.process_time else (0, 2))  # the CPU time of others does not count itself
-        taken = interleaved({name: w.job for name, w in work.items()}, rounds, device, limit, progress, clock)
-    return Measured({n: [work[n].images / t for t in ts] for n, ts in taken.items()}, {n: [work[n].flops / t for t in ts] for n, ts in taken.items()}, precisions)
+        work |= _usual_jobs(
+            s, device, steps, (0,) if clock is time.process_time else (0, 2)
+        )  # the CPU time of others does not count itself
+        taken = interleaved(
+            {name: w.job for name, w in work.items()}, rounds, device, limit, progress, clock
+        )
+    return Measured(
+        {n: [work[n].images / t for t in ts] for n, ts in taken.items()},
+        {n: [work[n].flops / t for t in ts] for n, ts in taken.items()},
+        precisions,
+    )
 
 # %% ../../nbs/speed/00_loop.ipynb #9662ca0d
 def _speed_lines(m: Measured) -> list[str]:
     "The product's rate, and this library's rates beside it."
-    lines = [f"matrix product 1024×1024, {p}: {median(m.flops[f'product {p}']) / 1e9:.0f} GFLOP/s" for p in m.precisions]
-    lines += ["", f"{'':28s}{'images/s':>10s}{'GFLOP/s':>9s}{'of product':>12s}{'convolutions':>14s}{'of product':>12s}"]
+    lines = [
+        f"matrix product 1024×1024, {p}: {median(m.flops[f'product {p}']) / 1e9:.0f} GFLOP/s"
+        for p in m.precisions
+    ]
+    lines += [
+        "",
+        f"{'':28s}{'images/s':>10s}{'GFLOP/s':>9s}{'of product':>12s}{'convolutions':>14s}{'of product':>12s}",
+    ]
     for what in ("classifier {} 64", "classifier {} 256", "generator {} 64"):
         for p in m.precisions:
             job = what.format(p)
             title = f"{'classifier epoch' if what[0] == 'c' else 'generator step'}, {p}, {what.split()[-1]}"
-            lines.append(f"{title:34s}{median(m.images[job]):>6,.0f}{median(m.flops[job]) / 1e9:9.0f}{m.share(job, f'product {p}'):12.0%}"
-                         f"{median(m.flops[job + ' conv']) / 1e9:14.0f}{m.share(job + ' conv', f'product {p}'):12.0%}")
+            lines.append(
+                f"{title:34s}{median(m.images[job]):>6,.0f}{median(m.flops[job]) / 1e9:9.0f}"
+                f"{m.share(job, f'product {p}'):12.0%}"
+                f"{median(m.flops[job + ' conv']) / 1e9:14.0f}{m.share(job + ' conv', f'product {p}'):12.0%}"
+            )
     return lines
+
 
 def _gain_lines(m: Measured) -> list[str]:
     "The usual way, and how many times as fast this library is."
-    best = max((job for job in m.images if job.startswith("usual classifier")), key=lambda job: median(m.images[job]))
+    best = max(
+        (job for job in m.images if job.startswith("usual classifier")),
+        key=lambda job: median(m.images[job]),
+    )
     lines = [f"{'beside the usual way, batch 64':34s}{'usual':>10s}{'here':>10s}{'ratio':>8s}"]
     for what, usual in (("classifier epoch", best), ("generator step", "usual generator")):
         for p in m.precisions:
             job = f"{what.split()[0]} {p} 64"
-            lines.append(f"{what + ', ' + p:34s}{median(m.images[usual]):10,.0f}{median(m.images[job]):10,.0f}{m.gain(job, usual):7.2f}×")
-    return lines + [f"(images/s; the usual way is in float32, its DataLoader has {best.split()[2]} workers)"]
+            lines.append(
+                f"{what + ', ' + p:34s}{median(m.images[usual]):10,.0f}{median(m.images[job]):10,.0f}"
+                f"{m.gain(job, usual):7.2f}×"
+            )
+    return lines + [
+        f"(images/s; the usual way is in float32, its DataLoader has {best.split()[2]} workers)"
+    ]
 
 # %% ../../nbs/speed/00_loop.ipynb #452c8b31
 def memory_lines() -> list[str]:
@@ -320,25 +481,47 @@ def memory_lines() -> list[str]:
     pixels = n * c.channels * c.size**2
     try:
         import resource  # not on Windows
-    except ImportError: peak = "not told by this system"
-    else: peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024) / 1e9:.2f} GB"
-    return [f"garbage of exp3 ({c.rounds} rounds × {c.samples:,} + {c.noise_images or 6000:,} images): {pixels / 1e6:.0f} MB as uint8, {4 * pixels / 1e6:.0f} MB as float32",
-            f"peak memory of this process: {peak}"]
+    except ImportError:
+        peak = "not told by this system"
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024 # Bytes
+        peak = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+    return [
+        f"garbage of exp3 ({c.rounds} rounds × {c.samples:,} + {c.noise_images or 6000:,} images): "
+        f"{pixels / 1e6:.0f} MB as uint8, {4 * pixels / 1e6:.0f} MB as float32",
+        f"peak memory of this process: {peak}",
+    ]
+
 
 def bench_loop(
     device: str | torch.device = "cpu",
-    quick: bool = False, # Fewer images and rounds, for a first look
-    progress: bool = True, # Show a progress bar
-    clock: Callable[[], float] = time.perf_counter, # See `interleaved`
-) -> str: # A report of some 30 lines
-    "Measure this machine: the product's rate, the classifier's epoch and the generator's step beside it and beside the usual way, and memory."
-    m = measure(device, **(dict(images=256, steps=2, rounds=2, limit=8.0) if quick else {}), progress=progress, clock=clock)
-    lines = [f"{machine(device)}, torch {torch.__version__}; medians of {len(m.images['usual generator'])} interleaved rounds", "", *_speed_lines(m), "", *_gain_lines(m), ""]
+    quick: bool = False,  # Fewer images and rounds, for a first look
+    progress: bool = True,  # Show a progress bar
+    clock: Callable[[], float] = time.perf_counter,  # See `interleaved`
+) -> str:  # A report of some 30 lines
+    "Measure the product's rate, and beside it the classifier's epoch, the generator's step, and memory."
+    m = measure(
+        device,
+        **(dict(images=256, steps=2, rounds=2, limit=8.0) if quick else {}),
+        progress=progress,
+        clock=clock,
+    )
+    lines = [
+        f"{machine(device)}, torch {torch.__version__}; "
+        f"medians of {len(m.images['usual generator'])} interleaved rounds",
+        "",
+        *_speed_lines(m),
+        "",
+        *_gain_lines(m),
+        "",
+    ]
     if torch.device(device).type == "cpu":
         s, p = load("digits5k", "train", n=256 if quick else 1024), arithmetic("auto")
         with torch.random.fork_rng([]):
             loop = Loop(preset("exp1"), Problem(s, s, {}), device, progress=False)
             parts = step_profile(loop.classifier, loop.optimiser, s, 64, p)
         lines += [f"a training step of 64 images in {p}, by the profiler (ms)"]
-        lines += [f"  {kind:32s}{ms:8.2f}{ms / sum(parts.values()):6.0%}" for kind, ms in parts.items()] + [""]
+        lines += [
+            f"  {kind:32s}{ms:8.2f}{ms / sum(parts.values()):6.0%}" for kind, ms in parts.items()
+        ] + [""]
     return "\n".join(lines + memory_lines())

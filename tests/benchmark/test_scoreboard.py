@@ -42,17 +42,20 @@ QUICK = ("energy", "msp", "mahalanobis")
 def models(tmp_path_factory):
     "Two C1 of one epoch."
     folder = tmp_path_factory.mktemp("models")
-    for seed in (0, 1): train_classifier(with_values(RECIPES["C1"], SMALL), folder / f"C1-seed{seed}", seed=seed, progress=False)
+    for seed in (0, 1):
+        train_classifier(with_values(RECIPES["C1"], SMALL), folder / f"C1-seed{seed}", seed=seed, progress=False)
     return folder
 
 
 @pytest.fixture
 def go(models, tmp_path):
     "Runs cells into tmp_path."
-    return lambda todo, **more: run_cells(todo, tmp_path / "out", tmp_path / "work", models, **dict(images=200, progress=False) | more)
+    return lambda todo, **more: run_cells(todo, tmp_path / "out", tmp_path / "work", models,
+                                          **dict(images=200, progress=False) | more)
 
 
-def some(detectors=QUICK, ood=("letters", "photos"), seeds=(0,)): return [Cell("C1", s, d, o) for s in seeds for d in detectors for o in ood]
+def some(detectors=QUICK, ood=("letters", "photos"), seeds=(0,)):
+    return [Cell("C1", s, d, o) for s in seeds for d in detectors for o in ood]
 
 
 def test_rows_say_what_was_measured(go, models, tmp_path):
@@ -63,7 +66,10 @@ def test_rows_say_what_was_measured(go, models, tmp_path):
     kept = load_tensors(tmp_path / "work/scores/C1-seed0/energy.safetensors")[0]
     assert {k: rows[0][k] for k in ood_metrics([0], [1])} == ood_metrics(kept["id"], kept["letters"])
     study = Study(models / "C1-seed0", tmp_path / "work", images=200)
-    assert rows[0]["weights"] == study.weights and rows[0]["images"] == study.hash("letters") and rows[0]["id"] == "digits5k" and rows[0]["n_id"] == rows[0]["n_ood"] == 200
+    assert rows[0]["weights"] == study.weights
+    assert rows[0]["images"] == study.hash("letters")
+    assert rows[0]["id"] == "digits5k"
+    assert rows[0]["n_id"] == rows[0]["n_ood"] == 200
     assert json.loads((tmp_path / "out/C1-seed0.model.json").read_text())["accuracy"] == load_classifier(models / "C1-seed0")[1]["accuracy"]
 
 
@@ -71,7 +77,8 @@ def test_only_what_is_missing_is_run_and_forwards_are_shared(go, tmp_path, monke
     go(some(("energy",)))
     calls = []
     real = board.kept_outputs.__globals__["network_outputs"]
-    monkeypatch.setitem(board.kept_outputs.__globals__, "network_outputs", lambda *a, **k: calls.append(1) or real(*a, **k))
+    monkeypatch.setitem(board.kept_outputs.__globals__, "network_outputs", lambda *a,
+                        **k: calls.append(1) or real(*a, **k))
     assert go(some())["run"] == some(("msp", "mahalanobis")) and not calls       # detectors more: no forward pass
     assert go(some(ood=("letters", "photos", "uniform")))["run"] == some(ood=("uniform",)) and len(calls) == 1
     assert not go(some())["run"]
@@ -108,26 +115,33 @@ def test_other_weights_are_refused(go, models, tmp_path):
     go(some(("energy",)))
     other = tmp_path / "other"
     train_classifier(with_values(RECIPES["C1"], SMALL), other / "C1-seed0", seed=5, progress=False)
-    with pytest.raises(NiooddError, match="other weights"): run_cells(some(), tmp_path / "out", tmp_path / "work", other, images=200, progress=False)
+    with pytest.raises(NiooddError, match="other weights"):
+        run_cells(some(), tmp_path / "out", tmp_path / "work", other, images=200, progress=False)
 
 
 def test_a_missing_network_is_trained(tmp_path, monkeypatch):
     monkeypatch.setitem(board.RECIPES, "C1", with_values(RECIPES["C1"], SMALL))
     monkeypatch.setitem(train_classifier.__globals__["RECIPES"], "C1", with_values(RECIPES["C1"], SMALL))
     assert "to be trained first: C1-seed3" in plan(some(("energy",), seeds=(3,)), tmp_path / "out", tmp_path / "models")
-    run_cells(some(("energy",), seeds=(3,)), tmp_path / "out", tmp_path / "work", tmp_path / "models", images=100, progress=False)
+    run_cells(some(("energy",), seeds=(3,)), tmp_path / "out", tmp_path / "work", tmp_path / "models", images=100,
+              progress=False)
     assert load_classifier(tmp_path / "models/C1-seed3")[1]["seed"] == 3
     add_rows(tmp_path / "other", [row("msp", 3, "letters", 0.5) | dict(weights="of another training")])
-    with pytest.raises(NiooddError, match="other weights"): run_cells(some(("energy",), seeds=(3,)), tmp_path / "other", tmp_path / "work", tmp_path / "anew", images=100, progress=False)
+    with pytest.raises(NiooddError, match="other weights"):
+        run_cells(some(("energy",), seeds=(3,)), tmp_path / "other", tmp_path / "work", tmp_path / "anew", images=100,
+                  progress=False)
 
 
 def test_ensemble_takes_the_next_seed_and_needs_one(go, tmp_path):
     assert not go(some(("ensemble",)))["run"] and "second network" in refusals(read_rows(tmp_path / "out"))["ensemble"]
     both = some(("ensemble",), seeds=(0, 1))
-    assert go(both)["run"] == both[:2]                                            # the refusal was no result; the pair is one, and stands once
+    # the refusal was no result; the pair is one, and stands once
+    assert go(both)["run"] == both[:2]
     figures = {cell_of(r): r for r in read_rows(tmp_path / "out")}
     assert len(figures) == 4 and all(("auroc" in figures[c]) == (c.seed == 0) for c in both)
-    assert not go(both)["run"] and {cell_of(r): r.get("auroc") for r in read_rows(tmp_path / "out")} == {c: r.get("auroc") for c, r in figures.items()}
+    assert not go(both)["run"]
+    assert {cell_of(r): r.get("auroc") for r in read_rows(tmp_path / "out")} == {c: r.get("auroc") for c,
+        r in figures.items()}
 
 
 def test_a_detector_that_fails_does_not_stop_the_others(go, tmp_path, monkeypatch):
@@ -152,7 +166,9 @@ def test_rows_of_other_images_or_weights_are_refused_though_nothing_is_missing(g
     with pytest.raises(NiooddError, match="at most 200 images of each set, not 50"): go(some(("energy",)), images=50)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/C1-seed0").symlink_to(models / "C1-seed1")
-    for use in (lambda: run_cells(some(("energy",)), tmp_path / "out", tmp_path / "work", tmp_path / "other", images=200, progress=False), lambda: plan(some(("energy",)), tmp_path / "out", tmp_path / "other")):
+    for use in (lambda: run_cells(some(("energy",)), tmp_path / "out", tmp_path / "work", tmp_path / "other",
+                                  images=200, progress=False), lambda: plan(some(("energy",
+                                      )), tmp_path / "out", tmp_path / "other")):
         with pytest.raises(NiooddError, match="other weights"): use()
 
 
@@ -169,11 +185,14 @@ def test_svhn_and_cifar100_rows_run_when_the_root_has_them(tmp_path, monkeypatch
     "Tiny files in their real formats; SVHN as the ID set of C4, CIFAR-100 as unknown."
     from torchvision.datasets import CIFAR100
     write_svhn(tmp_path, monkeypatch, labels=[1 + i % 10 for i in range(260)])
-    write_cifar(tmp_path / "cifar-100-python", ["train", "test"], "fine_labels", [f"class {i}" for i in range(100)], "meta", "fine_label_names", monkeypatch, CIFAR100)
+    write_cifar(tmp_path / "cifar-100-python", ["train", "test"], "fine_labels", [f"class {i}" for i in range(100)],
+                "meta", "fine_label_names", monkeypatch, CIFAR100)
     recipe = with_values(RECIPES["C4"], ["epochs=1", "validation_images=100", "train_images=160", "batch_size=32"])
     train_classifier(recipe, tmp_path / "models/C4-seed0", root=tmp_path, progress=False)
-    todo = [Cell("C4", 0, d, o) for d in ("energy", "mahalanobis_both", "layerwise") for o in ("cifar100", "gaussian-like", "gaussian-noise:3", "fgsm:0.03")]
-    done = run_cells(todo, tmp_path / "out", tmp_path / "work", tmp_path / "models", root=tmp_path, images=100, progress=False)
+    todo = [Cell("C4", 0, d, o) for d in ("energy", "mahalanobis_both", "layerwise")
+            for o in ("cifar100", "gaussian-like", "gaussian-noise:3", "fgsm:0.03")]
+    done = run_cells(todo, tmp_path / "out", tmp_path / "work", tmp_path / "models", root=tmp_path, images=100,
+                     progress=False)
     rows = read_rows(tmp_path / "out")
     assert len(done["run"]) == len(todo) and not refusals(rows)
     assert {(r["id"], r["n_ood"]) for r in rows if r["ood"] == "cifar100"} == {("svhn", 6)}
@@ -185,7 +204,8 @@ def test_every_table_names_sets_there_are(tmp_path, models):
         assert table.keys() == RECIPES.keys()
     for ood in {o for t in ("stress", "validation") for o in TABLES[t]["C1"]} | {"gaussian", "gaussian-like"}:
         x = study.images(ood)
-        assert len(x) and x.shape[1:] == (1, 14, 14) and x.dtype == (torch.float32 if ood.startswith("fgsm") else torch.uint8), ood
+        assert len(x) and x.shape[1:] == (1, 14, 14) and x.dtype == (torch.float32
+                                                                     if ood.startswith("fgsm") else torch.uint8), ood
     assert not set(TABLES["validation"]["C1"]) & set(TABLES["paper2"]["C1"])
     with pytest.raises(NiooddError, match="image set"): study.images("leters")
 
@@ -193,15 +213,19 @@ def test_every_table_names_sets_there_are(tmp_path, models):
 def test_papers_figures():
     fpr, aupr = PAPER2["fpr95_id_positive"], PAPER2["aupr_in"]
     assert fpr.keys() == aupr.keys() and len(fpr) == 9 * 7
-    assert fpr["C1", "pnn", "fashion_mnist"] == fpr["C1", "pnn_product", "fashion_mnist"] == 0.1246 and fpr["C4", "msp", "gaussian"] == pytest.approx(0.1995) and aupr["C3", "pnn", "cifar100"] == 0.9882
+    assert fpr["C1", "pnn", "fashion_mnist"] == fpr["C1", "pnn_product", "fashion_mnist"] == 0.1246
+    assert fpr["C4", "msp", "gaussian"] == pytest.approx(0.1995)
+    assert aupr["C3", "pnn", "cifar100"] == 0.9882
     assert {d for _, d, _ in fpr} <= DETECTORS.keys() and all(o in TABLES["paper2"][n] for n, _, o in fpr)
 
 
-def row(detector, seed, ood, value): return dict(network="C1", seed=seed, detector=detector, ood=ood, fpr95_id_positive=value, auroc=1 - value)
+def row(detector, seed, ood, value):
+    return dict(network="C1", seed=seed, detector=detector, ood=ood, fpr95_id_positive=value, auroc=1 - value)
 
 
 def test_scoreboard_and_summary():
-    rows = [row("energy", s, "fashion_mnist", v) for s, v in ((0, 0.01), (1, 0.03))] + [row("msp", 0, "fashion_mnist", 0.02), row("energy", 0, "cifar10", 0.5)]
+    rows = [row("energy", s, "fashion_mnist", v) for s, v in ((0, 0.01), (1, 0.03))] + [row("msp", 0, "fashion_mnist",
+        0.02), row("energy", 0, "cifar10", 0.5)]
     s = summarise(rows)["C1", "energy", "fashion_mnist"]
     assert s.mean == pytest.approx(0.02) and s.std == pytest.approx(0.0141421, abs=1e-6) and s.seeds == 2
     lines = scoreboard(rows, "C1", detectors=["msp", "energy", "pnn"]).splitlines()
@@ -214,22 +238,28 @@ def test_scoreboard_and_summary():
 
 def test_better_is_paired(go, tmp_path):
     go(some(("energy", "msp")))
-    (b,), (c,) = better("energy", "msp", "letters", "C1", [0], tmp_path / "work", n=50), better("energy", "energy", "letters", "C1", [0], tmp_path / "work", n=50)
+    (b,), (c,) = better("energy", "msp", "letters", "C1", [0], tmp_path / "work", n=50), better("energy", "energy",
+        "letters", "C1", [0], tmp_path / "work", n=50)
     rows = {r["detector"]: r for r in read_rows(tmp_path / "out") if r["ood"] == "letters"}
-    assert b["difference"] == pytest.approx(rows["energy"]["fpr95_id_positive"] - rows["msp"]["fpr95_id_positive"]) and c["p_better"] == 0.5 and c["low"] == c["high"] == 0
+    assert b["difference"] == pytest.approx(rows["energy"]["fpr95_id_positive"] - rows["msp"]["fpr95_id_positive"])
+    assert c["p_better"] == 0.5
+    assert c["low"] == c["high"] == 0
 
 
 def test_damaged_results(tmp_path):
     add_rows(tmp_path, [row("energy", 0, "cifar10", 0.5)])
     add_rows(tmp_path, [row("energy", 0, "cifar10", 0.25)])                        # in place of it
-    assert [r["auroc"] for r in read_rows(tmp_path)] == [0.75] and missing(some(("energy",), ("cifar10", "svhn")), tmp_path) == some(("energy",), ("svhn",))
+    assert [r["auroc"] for r in read_rows(tmp_path)] == [0.75]
+    assert missing(some(("energy",), ("cifar10", "svhn")), tmp_path) == some(("energy",), ("svhn",))
     (tmp_path / "C1-seed0.jsonl").write_text('{"network": "C1"')
     with pytest.raises(NiooddError, match="not JSON lines"): read_rows(tmp_path)
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda: cells("paper3"), "paper2"), (lambda: cells("paper2", ["C6"]), "network"), (lambda: cells("paper2", detectors=["eneryg"]), "energy"),
-    (lambda: summarise([], "fpr"), "fpr95_id_positive"), (lambda: better("msp", "energy", "x", "C1", [0], "nowhere"), "no scores")])
+    (lambda: cells("paper3"), "paper2"), (lambda: cells("paper2", ["C6"]),
+                                          "network"), (lambda: cells("paper2", detectors=["eneryg"]), "energy"),
+    (lambda: summarise([], "fpr"), "fpr95_id_positive"), (lambda: better("msp", "energy", "x", "C1", [0], "nowhere"),
+                                                          "no scores")])
 def test_errors(call, says):
     with pytest.raises(NiooddError, match=says) as e: call()
     assert "\n" not in str(e.value)
@@ -237,7 +267,8 @@ def test_errors(call, says):
 
 def test_command_line(models, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    args = ["bench", "ood", "--table", "validation", "--cells", "C1", "--seeds", "0", "--detectors", "msp,energy", "--models", str(models), "--images", "100"]
+    args = ["bench", "ood", "--table", "validation", "--cells", "C1", "--seeds", "0", "--detectors", "msp,energy",
+            "--models", str(models), "--images", "100"]
     assert main([*args, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "not measured yet" in out and not (tmp_path / "results").exists()
@@ -257,7 +288,8 @@ def test_guard(models, tmp_path, capsys, monkeypatch):
     assert main(["guard", str(models / "C1-seed0"), "--false-alarms", "0.1", "--out", "g"]) == 0
     assert "detector  g" in capsys.readouterr().out
     assert main(["guard", str(models / "C1-seed0"), "--out", "g"]) == 2 and "not empty" in capsys.readouterr().err
-    assert main(["guard", str(models / "C1-seed0"), "--false-alarms", "1"]) == 2 and "--false-alarms" in capsys.readouterr().err
+    assert main(["guard", str(models / "C1-seed0"), "--false-alarms", "1"]) == 2
+    assert "--false-alarms" in capsys.readouterr().err
     from PIL import Image
 
     from nioodd.core.datasets import load
@@ -277,10 +309,13 @@ def test_compare_all_is_a_row_per_rival_and_set(go, tmp_path):
 
 def test_what_is_wrong_with_a_command_is_said_before_anything_runs(models, tmp_path, capsys):
     def error(*more):
-        assert main(["bench", "ood", "--table", "validation", "--cells", "C1", "--seeds", "0", "--detectors", "msp", "--models", str(models), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o"), *more]) == 2
+        assert main(["bench", "ood", "--table", "validation", "--cells", "C1", "--seeds", "0", "--detectors", "msp",
+                     "--models", str(models), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "o"), *more]) == 2
         assert not (tmp_path / "o").exists()
         return capsys.readouterr().err
-    assert "metric" in error("--metric", "foo") and "--better" in error("--better", "energy") and "images is -3" in error("--images", "-3")
+    assert "metric" in error("--metric", "foo")
+    assert "--better" in error("--better", "energy")
+    assert "images is -3" in error("--images", "-3")
     (tmp_path / "file").write_text("")
     assert "cannot be made" in error("--work", str(tmp_path / "file/w"), "--images", "50")
 
@@ -296,6 +331,7 @@ def test_damaged_files(go, models, tmp_path):
         with pytest.raises(NiooddError, match="no rows"): read_rows(path)
     folder = tmp_path / "models/C1-seed0"
     folder.mkdir(parents=True)
-    for text, says in (("xx", "not valid JSON"), ("{}", "not the JSON of a classifier"), ('{"status": "finished"}', "not the JSON of a classifier")):
+    for text, says in (("xx", "not valid JSON"), ("{}", "not the JSON of a classifier"),
+                       ('{"status": "finished"}', "not the JSON of a classifier")):
         (folder / "model.json").write_text(text)
         with pytest.raises(NiooddError, match=says): absent(some(), tmp_path / "models")

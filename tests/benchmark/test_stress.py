@@ -38,9 +38,11 @@ def test_normal_is_normal_and_seeds_and_streams_are_others():
     x = a.flatten().sort().values
     ks = (torch.special.ndtr(x) - torch.arange(1, len(x) + 1) / len(x)).abs().max()  # Kolmogorov–Smirnov
     assert ks < 1.95 / len(x)**.5
-    for b in (standard_normal(torch.arange(500), 400, seed=1), standard_normal(torch.arange(500), 400, stream=1), a.roll(1, 0), a.roll(1, 1)):
+    for b in (standard_normal(torch.arange(500), 400, seed=1), standard_normal(torch.arange(500), 400, stream=1),
+              a.roll(1, 0), a.roll(1, 1)):
         assert abs((a * b).mean()) < .01
-    assert torch.equal(standard_normal(torch.arange(3), 4, 2**32 - 1, 2), standard_normal(torch.arange(3), 4, 2**32 - 1, 2))
+    assert torch.equal(standard_normal(torch.arange(3), 4, 2**32 - 1, 2),
+                       standard_normal(torch.arange(3), 4, 2**32 - 1, 2))
 
 
 def test_the_callers_random_stream_is_left_alone(net):
@@ -57,7 +59,8 @@ def test_the_callers_random_stream_is_left_alone(net):
 def test_pixel_moments():
     images = random_images(30, 3, 7, 9)
     images[:, 1] //= 3
-    for got, want in zip(pixel_moments(images), ((images / 255.).double().mean((0, 2, 3)), (images / 255.).double().std((0, 2, 3), correction=0))):
+    for got, want in zip(pixel_moments(images), ((images / 255.).double().mean((0, 2, 3)),
+                                                 (images / 255.).double().std((0, 2, 3), correction=0))):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     assert pixel_moments(torch.full((2, 1, 3, 3), 255, dtype=torch.uint8)) == (1, 0)
 
@@ -76,7 +79,8 @@ def test_gaussian_images_by_given_numbers():
     like = load("digits5k", "test")
     x = gaussian_images(like, 1500, seed=4, mean=.5, std=1.).images
     assert abs((x == 0).double().mean() - .3092) < .003 and abs((x == 255).double().mean() - .3092) < .003
-    assert torch.equal(gaussian_images(like, 1100, seed=4, mean=.5, std=1.).images, x[:1100]) and not torch.equal(gaussian_images(like, 5, mean=.5, std=1.).images, x[:5])
+    assert torch.equal(gaussian_images(like, 1100, seed=4, mean=.5, std=1.).images, x[:1100])
+    assert not torch.equal(gaussian_images(like, 5, mean=.5, std=1.).images, x[:5])
     assert (gaussian_images(like, 5, mean=.2, std=0.).images == 51).all()
 
 
@@ -98,7 +102,8 @@ def test_corruption_is_cifar_10_cs_formula(kind, severity):
 def test_corrupted_subset_has_the_noise_of_the_whole():
     images = random_images(2300, 1, 6, 6)
     whole, before = corrupted(images, "gaussian", 4, seed=2), images.clone()
-    for index in (torch.tensor([2299, 0, 1000, 999]), torch.arange(900, 1100), (torch.arange(2300) % 7 == 3).nonzero()[:, 0]):
+    for index in (torch.tensor([2299, 0, 1000, 999]), torch.arange(900, 1100),
+                  (torch.arange(2300) % 7 == 3).nonzero()[:, 0]):
         assert torch.equal(corrupted(images[index], "gaussian", 4, seed=2, index=index), whole[index])
     assert torch.equal(images, before) and not torch.equal(corrupted(images, "gaussian", 4), whole)
 
@@ -115,7 +120,11 @@ def test_fgsm_leaves_the_network_as_it_was(net):
     with torch.no_grad(): x = fgsm(net, images)
     assert not x.requires_grad and not torch.is_inference(x)
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
-    assert net.training and net.dropout.training and not net.body.training and not net.head.weight.requires_grad and net.body[0][0].weight.requires_grad
+    assert net.training
+    assert net.dropout.training
+    assert not net.body.training
+    assert not net.head.weight.requires_grad
+    assert net.body[0][0].weight.requires_grad
     assert (net.penultimate[0].weight.grad == 1).all() and net.body[0][0].weight.grad is None
     with pytest.raises(NiooddError): fgsm(net, images, [0, 1, 2, 3, 5])
     assert net.training and not net.body.training
@@ -132,7 +141,8 @@ def test_fgsm_is_the_sign_of_the_gradient(name):
     g, = torch.autograd.grad(F.cross_entropy(net(x), y, reduction="sum"), x)
     for eps in (.001, 8 / 255, .3):
         want = (x + 2 * eps * g.sign()).clamp(-1, 1).float()
-        for labels in (y, y.int(), y.tolist()): torch.testing.assert_close(fgsm(single, images, labels, eps, batch_size=4), want, rtol=0, atol=1e-6)
+        for labels in (y, y.int(), y.tolist()):
+            torch.testing.assert_close(fgsm(single, images, labels, eps, batch_size=4), want, rtol=0, atol=1e-6)
     own = net(x).argmax(1)
     assert torch.equal(fgsm(single, images), fgsm(single, images, own))
 
@@ -157,14 +167,17 @@ def test_fgsm_lowers_the_logit_odds_of_a_sure_network(net):
     g, = torch.autograd.grad(F.cross_entropy(sure(x), y, reduction="sum"), x)
     assert (g == 0).flatten(1).all(1).any()
 
-    def lead(x): return (lambda z: z.gather(1, y[:, None])[:, 0] - z.scatter(1, y[:, None], -torch.inf).amax(1))(logits_of(net, x))
+    def lead(x):
+        return (lambda z: z.gather(1, y[:, None])[:, 0] - z.scatter(1, y[:, None], -torch.inf).amax(1))(logits_of(net,
+            x))
     assert (lead(fgsm(sure, images, eps=1 / 255)) < lead(images)).all()
 
 
 def test_fgsm_of_an_image_does_not_depend_on_its_batch(net):
     images = random_images(11, 3, 16, 16)
     whole = fgsm(net, images)
-    for n in (1, 4, 11): assert ((fgsm(net, images, batch_size=n) - whole).abs() > 1e-6).double().mean() < .01  # a gradient near 0 may round either way
+    # a gradient near 0 may round either way
+    for n in (1, 4, 11): assert ((fgsm(net, images, batch_size=n) - whole).abs() > 1e-6).double().mean() < .01
 
 
 # What a user can get wrong

@@ -5,9 +5,6 @@ import math
 
 import pytest
 import torch
-from pytorch_ood.benchmark import Benchmark
-from pytorch_ood.detector import EnergyBased
-from pytorch_ood.metrics import OODMetrics
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,9 +12,7 @@ from nioodd.core.detector import Detector
 from nioodd.core.errors import NiooddError
 from nioodd.core.forward import as_input, batches, logits_of
 from nioodd.core.images import to_input
-from nioodd.core.metrics import ood_metrics
 from nioodd.core.models import Classifier
-from nioodd.core.scores import garbage_log_odds
 from nioodd.inversion.detector import GarbageDetector
 
 SHAPE = (1, 8, 8)
@@ -53,13 +48,6 @@ def detector(network):
     d = GarbageDetector(network, classes=["a", "b", "c"])
     d.calibrate(d.predict(images(200)))
     return d
-
-
-def test_score_is_the_log_odds_of_the_last_output(network):
-    x = images(7)
-    score = GarbageDetector(network, n_known=3).predict(x)
-    assert score.dtype == torch.float64 and score.shape == (7,)
-    assert torch.equal(score, garbage_log_odds(network.eval()(to_input(x).clone(memory_format=torch.channels_last))))
 
 
 def test_uint8_and_float_images_score_alike(detector):
@@ -142,29 +130,12 @@ def test_no_yes_or_no_without_a_threshold(network):
         with pytest.raises(NiooddError, match="no threshold"): ask(images(2))
 
 
-def test_verdict(detector):
-    x = images(30)
-    v, p = detector.verdict(x), detector.logits(x).double().softmax(1)
-    assert {k: (t.dtype, len(t)) for k, t in v.items()} == dict(label=(torch.int64, 30), uncertainty=(torch.float64, 30), garbage_probability=(torch.float64, 30),
-                                                                score=(torch.float64, 30), ood=(torch.bool, 30))
-    assert torch.equal(v["label"], p[:, :3].argmax(1)) and torch.equal(v["ood"], detector.is_ood(x)) and torch.equal(v["score"], detector.predict(x))
-    torch.testing.assert_close(v["garbage_probability"], p[:, 3])
-    known = p[:, :3] / p[:, :3].sum(1, keepdim=True)
-    torch.testing.assert_close(v["uncertainty"], (1 - (known**2).sum(1)) * 3 / 2)
-
-
 @pytest.mark.parametrize("bad, word", [
     (torch.zeros(8, 8), "shape [8, 8]"), (torch.zeros(SHAPE), "image[None]"), (torch.zeros(2, 3, 8, 8), "[2, 3, 8, 8]"), (torch.zeros(2, 1, 8, 9), "[2, 1, 8, 9]"),
     (torch.zeros(2, *SHAPE).long(), "int64"), (images(2).float(), "reach"), (torch.full((2, *SHAPE), float("nan")), "NaN")])
 def test_bad_images(detector, bad, word):
     with pytest.raises(NiooddError) as e: detector.predict(bad)
     assert word in str(e.value) and "\n" not in str(e.value)
-
-
-def test_bad_construction(network):
-    with pytest.raises(NiooddError, match="4 outputs; expected 5"): GarbageDetector(network, n_known=4)
-    with pytest.raises(NiooddError, match="2 class names"): GarbageDetector(network, n_known=3, classes=["a", "b"])
-    with pytest.raises(NiooddError, match="3 outputs; expected 4"): GarbageDetector(nn.Sequential(nn.Flatten(), nn.Linear(64, 3)), n_known=3).predict(images(2))
 
 
 # Files
@@ -271,47 +242,6 @@ def test_what_a_subclass_learns_is_saved_too(network, tmp_path):
     b = Detector.load(a.save(tmp_path))
     assert type(b) is Shifted and torch.equal(a.predict(images(4)), b.predict(images(4)))
     with pytest.raises(NiooddError, match="unknown kind of detector 'GarbageDetector'"): Shifted.load(GarbageDetector(network).save(tmp_path))
-
-
-# Inside pytorch-ood
-
-class Small(Benchmark):
-    "One ID set of tensors and two OOD sets."
-    ood_names = ["dark", "noise"]
-    known, labels = images(60, 100, 256, seed=1), torch.arange(60) % 3
-    unknown = dict(dark=images(40, 0, 50, seed=2), noise=images(30, seed=3))
-
-    def train_set(self): return TensorDataset(self.known, self.labels)
-
-    def test_sets(self, known=True, unknown=True):
-        return [TensorDataset(torch.cat([self.known, o]), torch.cat([self.labels, -torch.ones(len(o), dtype=torch.long)])) for o in self.unknown.values()]
-
-
-@pytest.mark.parametrize("batch_size", [7, 32])
-def test_drops_into_the_benchmark(network, batch_size):
-    benchmark = Small()
-    network.train()  # as training left it: the benchmark does not switch it
-    d = GarbageDetector(network).fit(DataLoader(benchmark.train_set(), batch_size=32))
-    rows = benchmark.evaluate(d, loader_kwargs=dict(batch_size=batch_size))
-    assert [r["Dataset"] for r in rows] == benchmark.ood_names and network.training
-    for r in rows:
-        # the same batches as the benchmark's: a score's last bits depend on the batch it was computed in
-        scores = torch.cat([d.predict(x) for x in torch.cat([benchmark.known, benchmark.unknown[r["Dataset"]]]).split(batch_size)])
-        m = ood_metrics(scores[:60], scores[60:])
-        assert [r["AUROC"], r["AUPR-IN"], r["AUPR-OUT"], r["FPR95TPR"]] == pytest.approx([m["auroc"], m["aupr_in"], m["aupr_out"], m["fpr95_ood_positive"]], rel=0, abs=1e-12)
-
-
-def test_stands_beside_another_detector_in_one_benchmark(network):
-    class Floats(Small):
-        known, unknown = to_input(Small.known), {k: to_input(v) for k, v in Small.unknown.items()}
-    rows = Floats().evaluate([GarbageDetector(network), EnergyBased(network.eval())], loader_kwargs=dict(batch_size=32))
-    assert [r["Detector"] for r in rows] == ["GarbageDetector", "EnergyBased"] * 2 and all(0 <= r["AUROC"] <= 1 for r in rows)
-
-
-def test_drops_into_oodmetrics(detector):
-    metrics, i, o = OODMetrics(), images(50), images(50, high=60)
-    for x, y in ((i, torch.zeros(50).long()), (o, -torch.ones(50).long())): metrics.update(detector(x), y)
-    assert metrics.compute()["AUROC"] == pytest.approx(ood_metrics(detector(i), detector(o))["auroc"], abs=1e-12)
 
 
 def test_as_input_keeps_floats_as_they_are():

@@ -1,5 +1,6 @@
-"""The networks of both papers: counts, shapes, what they compute, how they are rebuilt."""
+"""The networks of both papers: counts, shapes, what they compute, how they are named and rebuilt."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,11 +8,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from nioodd.benchmark.recipes import Recipe, find_recipe, load_classifier, train_classifier
 from nioodd.core.detector import Detector, describe_network, rebuild_network
 from nioodd.core.errors import NiooddError
-from nioodd.core.forward import logits_and_features, logits_of
-from nioodd.core.models import ARCHITECTURES, NETWORKS, Classifier, architecture, n_parameters
-from nioodd.core.training import shifted, train_epoch
+from nioodd.core.forward import logits_of
+from nioodd.core.models import (
+    ARCHITECTURES,
+    NETWORKS,
+    Architecture,
+    Classifier,
+    architecture,
+    n_parameters,
+    named_architecture,
+)
 from nioodd.inversion.detector import GarbageDetector
 
 NAMES = sorted(ARCHITECTURES)
@@ -27,22 +36,30 @@ def lively(model):
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             for t in (m.running_mean, m.bias.data): t.normal_(0, 0.2)
-            m.running_var.uniform_(0.5, 1.5); m.weight.data.normal_(1, 0.5)
+            m.running_var.uniform_(0.5, 1.5)
+            m.weight.data.normal_(1, 0.5)
     return model.eval()
 
 
-# --- counts --------------------------------------------------------------------------------------------------------------
+# --- counts ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, exact, published", [
-    ("C1", 1_111_946, None), ("C2", 15_249_354, None), ("C3", 269_722, "0.27"), ("C4", 550_794, None), ("C5", 769_162, "0.8")])
+    ("C1", 1_111_946, None),
+    ("C2", 15_249_354, None),
+    ("C3", 269_722, "0.27"),  # millions: He et al. (2016), Table 6
+    ("C4", 550_794, None),
+    ("C5", 769_162, "0.8"),  # millions: Huang et al. (2017), Table 2, DenseNet-BC (k=12, L=100)
+])
 def test_parameters(name, exact, published):
-    "ResNet-20: He et al. (2016), Table 6; DenseNet-BC (k=12, L=100): Huang et al. (2017), Table 2, in millions. Convolutions of VGG-16: 14.71 M with biases."
     n = n_parameters(architecture(name))
     assert n == exact
     if published: assert f"{n / 1e6:.{len(published) - 2}f}" == published
-    if name == "C2":
-        convs = [m for m in architecture(name).modules() if isinstance(m, nn.Conv2d)]
-        assert len(convs) == 13 and sum(m.weight.numel() + m.out_channels for m in convs) == 14_714_688
+
+
+def test_vgg16_has_the_published_convolutions():
+    "14.71 M weights with biases."
+    convs = [m for m in architecture("C2").modules() if isinstance(m, nn.Conv2d)]
+    assert len(convs) == 13 and sum(m.weight.numel() + m.out_channels for m in convs) == 14_714_688
 
 
 def test_frozen_parameters_are_not_counted():
@@ -51,10 +68,11 @@ def test_frozen_parameters_are_not_counted():
     assert n_parameters(net) == 1_111_946 - 832
 
 
-# --- shapes --------------------------------------------------------------------------------------------------------------
+# --- shapes ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size, channels, n_outputs", [(16, 1, 2), (17, 3, 11), (28, 1, 10), (32, 3, 100), (47, 4, 3)])
+@pytest.mark.parametrize("size, channels, n_outputs",
+                         [(16, 1, 2), (17, 3, 11), (28, 1, 10), (32, 3, 100), (47, 4, 3)])
 def test_any_size_channels_and_classes(name, size, channels, n_outputs):
     net = architecture(name, n_outputs, channels, size).eval()
     x = images(net)
@@ -62,25 +80,40 @@ def test_any_size_channels_and_classes(name, size, channels, n_outputs):
         z = net(x)
         assert z.shape == (2, n_outputs) and z.dtype == torch.float32 and z.isfinite().all()
         assert torch.equal(torch.fx.symbolic_trace(net)(x), z)
-        logits, features = logits_and_features(net, x)
-        assert torch.equal(logits, z) and torch.equal(net.body[-1](features), z)
+
+
+def test_the_check_of_the_images_is_one_node_of_a_traced_network():
+    for net in (Classifier(3), architecture("C1")):
+        called = [n.target.__name__ for n in torch.fx.symbolic_trace(net).graph.nodes if n.op == "call_function"]
+        assert called == ["checked_shape"]
 
 
 @pytest.mark.parametrize("size", range(8, 17))
-def test_c1_of_small_images(size): assert architecture("C1", 4, 3, size)(torch.zeros(2, 3, size, size)).shape == (2, 4)
+def test_c1_of_small_images(size):
+    assert architecture("C1", 4, 3, size)(torch.zeros(2, 3, size, size)).shape == (2, 4)
+
+
+def unfit(name, *shape):
+    "A network is given images of another shape."
+    return lambda: architecture(name)(torch.zeros(*shape))
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda: architecture("c3"), "unknown architecture 'c3'.*C3"), (lambda: architecture("C3", size=15), "size is 15.*at least 16"),
-    (lambda: architecture("C1", size=7), "size is 7.*at least 8"), (lambda: architecture("C2", 1), "n_outputs is 1"), (lambda: architecture("C4", channels=0), "channels is 0"),
-    (lambda: Classifier(3, size=3), "at least 4"), (lambda: architecture("C5")(torch.zeros(2, 1, 28, 28)), r"shape \[2, 1, 28, 28\].*takes \[N, 3, 32, 32\]"),
-    (lambda: architecture("C1")(torch.zeros(1, 28, 28)), r"takes \[N, 1, 28, 28\]")])
+    (lambda: architecture("c3"), "unknown architecture 'c3'.*C3"),
+    (lambda: architecture("C3", size=15), "size is 15.*at least 16"),
+    (lambda: architecture("C1", size=7), "size is 7.*at least 8"),
+    (lambda: architecture("C2", 1), "n_outputs is 1"),
+    (lambda: architecture("C4", channels=0), "channels is 0"),
+    (lambda: Classifier(3, size=3), "at least 4"),
+    (unfit("C5", 2, 1, 28, 28), r"shape \[2, 1, 28, 28\].*takes \[N, 3, 32, 32\]"),
+    (unfit("C1", 1, 28, 28), r"takes \[N, 1, 28, 28\]"),
+])
 def test_what_does_not_fit_is_said_in_one_line(call, says):
     with pytest.raises(NiooddError, match=says) as e: call()
     assert "\n" not in str(e.value)
 
 
-# --- what they compute ---------------------------------------------------------------------------------------------------
+# --- what they compute -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["C1", "C2", "C4"])
 def test_pooling_first_is_exact(name):
@@ -98,21 +131,31 @@ def test_resnet_written_out():
     "C3 beside a ResNet of plain functions, on its weights."
     net = lively(architecture("C3"))
     x = images(net, 3)
-    layer = lambda t, m: F.batch_norm(F.conv2d(t, m[0].weight, None, m[0].stride, 1), m[1].running_mean, m[1].running_var, m[1].weight, m[1].bias)
+
+    def layer(t, m):
+        conv, norm = m
+        y = F.conv2d(t, conv.weight, None, conv.stride, 1)
+        return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+
     y = F.relu(layer(x, net.body[0]))
     for i, b in enumerate(net.body[2:11]):
         short = y
-        if i in (3, 6): short = torch.cat([y[:, :, ::2, ::2], torch.zeros(3, y.shape[1], y.shape[2] // 2, y.shape[3] // 2)], 1)
+        if i in (3, 6):
+            zeros = torch.zeros(3, y.shape[1], y.shape[2] // 2, y.shape[3] // 2)
+            short = torch.cat([y[:, :, ::2, ::2], zeros], 1)
         y = F.relu(short + layer(F.relu(layer(y, b.residual[0])), b.residual[2]))
     assert_close(net(x), F.linear(y.mean((2, 3)), net.body[-1].weight, net.body[-1].bias))
-    assert [tuple(b.residual[2][0].weight.shape[:1]) for b in net.body[2:11]] == [(16,)] * 3 + [(32,)] * 3 + [(64,)] * 3
+    widths = [tuple(b.residual[2][0].weight.shape[:1]) for b in net.body[2:11]]
+    assert widths == [(16,)] * 3 + [(32,)] * 3 + [(64,)] * 3
 
 
 def test_densenet_written_out():
     "C5 beside a DenseNet of plain functions in the paper's order: 1×1 convolution, then average."
     net = lively(architecture("C5"))
     x = images(net)
-    norm = lambda t, m: F.relu(F.batch_norm(t, m.running_mean, m.running_var, m.weight, m.bias))
+
+    def norm(t, m): return F.relu(F.batch_norm(t, m.running_mean, m.running_var, m.weight, m.bias))
+
     layers = iter(net.body)
     maps = F.conv2d(x, next(layers).weight, padding=1)
     widths = [maps.shape[1]]
@@ -122,7 +165,8 @@ def test_densenet_written_out():
             maps = F.avg_pool2d(F.conv2d(norm(maps, bn), conv.weight), 2)
         for _ in range(16):
             d = next(layers).new
-            maps = torch.cat([maps, F.conv2d(norm(F.conv2d(norm(maps, d[0]), d[2].weight), d[3]), d[5].weight, padding=1)], 1)
+            narrow = F.conv2d(norm(maps, d[0]), d[2].weight)
+            maps = torch.cat([maps, F.conv2d(norm(narrow, d[3]), d[5].weight, padding=1)], 1)
         widths.append(maps.shape[1])
     assert widths == [24, 216, 300, 342]
     z = F.linear(norm(maps, next(layers)).mean((2, 3)), net.body[-1].weight, net.body[-1].bias)
@@ -131,7 +175,8 @@ def test_densenet_written_out():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_begins_well_and_learns(name):
-    "Logits of an untrained network are neither 0 nor huge, every parameter gets a gradient, and a few steps on 16 images bring the loss down."
+    """Logits of an untrained network are neither 0 nor huge, every parameter gets a gradient, and a few steps on 16
+    images bring the loss down."""
     torch.manual_seed(0)
     net = architecture(name, 2, 1, 16)
     x, y = images(net, 16), torch.arange(16) % 2
@@ -140,14 +185,15 @@ def test_begins_well_and_learns(name):
     losses = []
     for _ in range(6):
         loss = F.cross_entropy(net(x), y)
-        optimiser.zero_grad(); loss.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
+        optimiser.zero_grad()
+        loss.backward()
+        for p in net.parameters(): assert p.grad is not None and p.grad.isfinite().all() and p.grad.any()
         optimiser.step()
         losses.append(loss.item())
     assert losses[0] < 2 and min(losses[-3:]) < 0.7 * losses[0]
 
 
-# --- rebuilt -------------------------------------------------------------------------------------------------------------
+# --- rebuilt ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", [*NETWORKS])
 def test_rebuilt_from_json(name, tmp_path):
@@ -158,7 +204,7 @@ def test_rebuilt_from_json(name, tmp_path):
     assert type(again) is type(net) and again.arguments == net.arguments and not again.training
     assert torch.equal(logits_of(again, x), logits_of(net, x))
     GarbageDetector(net, threshold=0.0).save(tmp_path / "d")
-    loaded = Detector.load(tmp_path / "d")                                       # without a module to load into
+    loaded = Detector.load(tmp_path / "d")  # without a module to load into
     assert torch.equal(loaded.predict(x), GarbageDetector(net).predict(x))
 
 
@@ -170,34 +216,73 @@ def test_a_subclass_or_an_unknown_network_is_not_rebuilt():
         rebuild_network({"class": "nioodd.core.models.ResNet21", "arguments": {}, "channels_last": False}, {})
 
 
-# --- augmentation --------------------------------------------------------------------------------------------------------
-
-class Seen(nn.Module):
-    "Notes the images it is given."
-    def __init__(self):
-        super().__init__()
-        self.w, self.batches = nn.Parameter(torch.zeros(2)), []
-
-    def forward(self, x):
-        self.batches.append(((x + 1) * 127.5).round().to(torch.uint8))
-        return self.w.expand(len(x), 2)
+def test_the_names_are_those_of_saved_folders():
+    assert {name: c.__name__ for name, c in ARCHITECTURES.items()} == dict(
+        C1="ShallowCNN", C2="VGG16", C3="ResNet20", C4="BlockCNN", C5="DenseNet100")
+    assert NETWORKS.keys() == {"Classifier", "ShallowCNN", "VGG16", "ResNet20", "BlockCNN", "DenseNet100"}
+    assert [*Classifier(11).state_dict()][:2] == ["body.0.0.weight", "body.0.0.bias"]
+    assert Classifier(11).arguments == dict(n_outputs=11, channels=1, size=28, dropout=0.5)
 
 
-def test_flip_mirrors_half_of_the_images_and_draws_nothing_when_off():
-    x, y = torch.randint(0, 256, (200, 2, 5, 6), dtype=torch.uint8), torch.arange(200) % 2
+# --- an architecture of one's own ------------------------------------------------------------------------------------
 
-    def epoch(**kw):
-        torch.manual_seed(3)
-        net = Seen()
-        train_epoch(net, x, y, torch.optim.SGD(net.parameters(), 0.1), batch_size=50, **kw)
-        return torch.cat(net.batches), torch.get_rng_state()
-    torch.manual_seed(3)
-    order = torch.randperm(200)
-    plain, state = epoch()
-    assert torch.equal(plain, x[order]) and torch.equal(state, torch.get_rng_state())     # one permutation, nothing else
-    mirrored, _ = epoch(flip=True)
-    turned, same = ((mirrored == z).flatten(1).all(1) for z in (plain.flip(3), plain))
-    assert (turned ^ same).all() and 70 < turned.sum() < 130
-    moved, _ = epoch(shift=1)
-    torch.manual_seed(3); torch.randperm(200)
-    assert torch.equal(moved[:50], shifted(x[order[:50]], 1))
+class TinyCNN(Architecture):
+    smallest = 4
+
+    def __init__(self, n_outputs: int = 10, channels: int = 1, size: int = 28, width: int = 8):
+        super().__init__(n_outputs, channels, size, width=width)
+        self.body = nn.Sequential(nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.ReLU(),
+                                  nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * width, n_outputs))
+
+
+@pytest.fixture
+def tiny():
+    "The class, registered as \"tiny\" for one test."
+    yield named_architecture("tiny")(TinyCNN)
+    del ARCHITECTURES["tiny"], NETWORKS["TinyCNN"]
+
+
+def test_an_own_architecture_is_built_by_name_and_rebuilt_from_a_saved_detector(tiny, tmp_path):
+    assert architecture("tiny", 5).arguments == dict(n_outputs=5, channels=1, size=28, width=8)
+    net = tiny(3, channels=3, size=20, width=5).eval()
+    GarbageDetector(net, threshold=0.0).save(tmp_path / "d")
+    loaded, x = Detector.load(tmp_path / "d"), images(net)
+    assert type(loaded.model) is TinyCNN and loaded.model.arguments["width"] == 5
+    assert torch.equal(loaded.predict(x), GarbageDetector(net).predict(x))
+
+
+def test_an_own_architecture_is_offered_for_training(tiny, tmp_path):
+    assert find_recipe("tiny") == Recipe("tiny") and find_recipe("C4").data == "svhn"
+    recipe = Recipe("tiny", "digits5k", train_images=300, validation_images=50, epochs=1)
+    train_classifier(recipe, tmp_path / "net", progress=False)
+    model, info = load_classifier(tmp_path / "net")
+    assert type(model) is TinyCNN and info["architecture"] == "tiny"
+
+
+def test_an_architecture_that_is_not_registered_is_not_offered():
+    with pytest.raises(NiooddError, match="unknown architecture 'tiny'"): architecture("tiny")
+    with pytest.raises(NiooddError, match="unknown recipe 'tiny'; .*known: C1, C2, C3, C4, C5"): find_recipe("tiny")
+    with pytest.raises(NiooddError, match="architecture is 'tiny'; expected one of C1"): Recipe("tiny")
+
+
+def test_registering_again_replaces_and_a_taken_name_is_refused(tiny):
+    assert named_architecture("tiny")(TinyCNN) is TinyCNN  # as when a cell is run again
+    other = type("VGG16", (TinyCNN,), {})
+    with pytest.raises(NiooddError, match="architecture 'C1' is nioodd.core.models.ShallowCNN already"):
+        named_architecture("C1")(TinyCNN)
+    with pytest.raises(NiooddError, match="network 'VGG16' is nioodd.core.models.VGG16 already"):
+        named_architecture("my vgg")(other)
+    assert "my vgg" not in ARCHITECTURES and NETWORKS["VGG16"] is ARCHITECTURES["C2"]
+
+
+def test_a_class_without_defaults_or_no_architecture_is_refused():
+    class Sizeless(Architecture):
+        def __init__(self, n_outputs=10, channels=1): super().__init__(n_outputs, channels, 28)
+
+    class Needy(Architecture):
+        def __init__(self, n_outputs, channels=1, size=28): super().__init__(n_outputs, channels, size)
+
+    for bad, says in ((Sizeless, "no default for size"), (Needy, "no default for n_outputs"),
+                      (nn.Identity, "Identity is no Architecture"), (SimpleNamespace, "is no Architecture")):
+        with pytest.raises(NiooddError, match=says): named_architecture("bad")(bad)
+    assert "bad" not in ARCHITECTURES

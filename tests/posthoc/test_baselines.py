@@ -17,14 +17,14 @@ from nioodd.posthoc.baselines import (
     BASELINES,
     EPSILONS,
     NOT_RUN,
-    Fit,
-    baseline,
+    FitData,
+
     bayes_adapter,
     ensemble_score,
     kl_per_image,
     odin_grid,
     odin_logits,
-    pieces,
+    stages,
     vim_dimension,
 )
 from nioodd.posthoc.outputs import Outputs, network_outputs
@@ -37,12 +37,15 @@ def patterns(n, seed):
     rng = torch.Generator().manual_seed(seed)
     y = torch.arange(n) % K
     grid = torch.arange(SIZE)
-    stripes = torch.stack([(grid % 4 < 2).expand(SIZE, SIZE), (grid % 4 < 2)[:, None].expand(SIZE, SIZE), ((grid + grid[:, None]) % 6 < 3), (grid + grid[:, None]) < SIZE]).float()
-    return (200 * stripes[y] + 80 * torch.rand(n, SIZE, SIZE, generator=rng) - 20).clamp(0, 255).to(torch.uint8)[:, None], y
+    stripes = torch.stack([(grid % 4 < 2).expand(SIZE, SIZE), (grid % 4 < 2)[:, None].expand(SIZE, SIZE),
+                           ((grid + grid[:, None]) % 6 < 3), (grid + grid[:, None]) < SIZE]).float()
+    return (200 * stripes[y] + 80 * torch.rand(n, SIZE, SIZE, generator=rng) - 20).clamp(0, 255).to(torch.uint8)[:,
+        None], y
 
 
 def network():
-    return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(6, 12, 3, padding=1), nn.ReLU(), nn.Flatten(),
+    return nn.Sequential(nn.Conv2d(1, 6, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(6, 12, 3, padding=1),
+                         nn.ReLU(), nn.Flatten(),
                          nn.Linear(12 * 25, 24), nn.ReLU(), nn.Linear(24, K))
 
 
@@ -55,14 +58,16 @@ def fit():
         optimiser = torch.optim.AdamW(net.parameters(), 3e-3)
         for _ in range(4): train_epoch(net, x, y, optimiser)
     optimiser.zero_grad()
-    return Fit(net.eval(), network_outputs(net, x), y, x, network_outputs(net, hx), hx, hy, seed=3)
+    return FitData(net.eval(), network_outputs(net, x), y, x, network_outputs(net, hx), hx, hy, seed=3)
 
 
 @pytest.fixture(scope="module")
-def noise(): return torch.randint(256, (40, 1, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+def noise():
+    return torch.randint(256, (40, 1, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
 
 
-def make(name, fit): return BASELINES[name].make(fit, steps=8) if name.startswith("bayes") else BASELINES[name].make(fit)
+def make(name, fit):
+    return BASELINES[name].make(fit, steps=8) if name.startswith("bayes") else BASELINES[name].make(fit)
 
 def sees(name, fit, images): return network_outputs(fit.model, images) if BASELINES[name].needs == "outputs" else images
 
@@ -86,7 +91,11 @@ def test_scores_are_finite_reproducible_of_one_image_each_and_leave_the_network_
     fit.model.eval()
     images = torch.cat([fit.held_out_images[:60], noise])
     s = score(sees(name, fit, images))
-    assert s.shape == (100,) and s.dtype == torch.float64 and s.device.type == "cpu" and not s.isnan().any() and not s.requires_grad
+    assert s.shape == (100,)
+    assert s.dtype == torch.float64
+    assert s.device.type == "cpu"
+    assert not s.isnan().any()
+    assert not s.requires_grad
     scale = 1e-4 * (s - s.median()).abs().median().item()
     for some in (slice(0, 1), slice(3, 9), slice(59, 62)):
         torch.testing.assert_close(score(sees(name, fit, images[some])), s[some], rtol=1e-3, atol=scale)
@@ -105,10 +114,13 @@ def test_noise_is_further_out_than_digits(name, fit, noise):
 WHOLE = dict( # Made of the whole network and fitted from a loader, as pytorch-ood's users would
     max_logit=lambda m, f, h: ood.MaxLogit(m), energy=lambda m, f, h: ood.EnergyBased(m), gen=lambda m, f, h: ood.GEN(m), msp=lambda m, f, h: ood.MaxSoftmax(m),
     mahalanobis=lambda m, f, h: ood.Mahalanobis(f), rmd=lambda m, f, h: ood.RMD(f), knn=lambda m, f, h: ood.KNN(f), she=lambda m, f, h: ood.SHE(f, h), nci=lambda m, f, h: ood.NCI(f, h),
-    fdbd=lambda m, f, h: ood.fDBD(f, h), nnguide=lambda m, f, h: ood.NNGuide(f, h), pnml=lambda m, f, h: ood.PNML(f, h), lts=lambda m, f, h: ood.LTS(f, h), gmm=lambda m, f, h: ood.GMM(f),
+    fdbd=lambda m, f, h: ood.fDBD(f, h), nnguide=lambda m, f, h: ood.NNGuide(f, h), pnml=lambda m, f, h: ood.PNML(f,
+        h), lts=lambda m, f, h: ood.LTS(f, h), gmm=lambda m, f, h: ood.GMM(f),
     vim=lambda m, f, h: ood.ViM(f, 12, h.weight, h.bias), dice=lambda m, f, h: ood.DICE(f, h.weight, h.bias, 0.9),
-    react=lambda m, f, h: ood.ReAct(f, h), vra=lambda m, f, h: ood.VRA(f, h), gradnorm=lambda m, f, h: ood.GradNorm(m, lambda n: n == "8.weight"),
-    grad_uncertainty=lambda m, f, h: ood.GradUncertainty(m, lambda n: n.startswith("8.")), nac=lambda m, f, h: ood.NACUE(m, [m[7]]), openmax=lambda m, f, h: ood.OpenMax(m))
+    react=lambda m, f, h: ood.ReAct(f, h), vra=lambda m, f, h: ood.VRA(f, h), gradnorm=lambda m, f, h: ood.GradNorm(m,
+        lambda n: n == "8.weight"),
+    grad_uncertainty=lambda m, f, h: ood.GradUncertainty(m,
+                                                         lambda n: n.startswith("8.")), nac=lambda m, f, h: ood.NACUE(m, [m[7]]), openmax=lambda m, f, h: ood.OpenMax(m))
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_shared_outputs_give_what_pytorch_ood_gives_on_the_network(name, fit):
@@ -118,29 +130,34 @@ def test_shared_outputs_give_what_pytorch_ood_gives_on_the_network(name, fit):
         torch.set_default_dtype(dtype)
         m = copy.deepcopy(fit.model).eval().to(dtype)
         detector = WHOLE[name](m, m[:8], m[8])
-        taken = lambda x: as_input(x).to(dtype).clone(memory_format=torch.channels_last)  # the same kernels: in ViM and pNML the last digits of features may decide
-        if detector.requires_fit: detector.fit([(taken(x), y) for x, y in zip(fit.images.split(500), fit.labels.split(500))])
+        def taken(x): return as_input(x, m)  # the same kernels: in ViM and pNML the last digits of features may decide
+        if detector.requires_fit:
+            detector.fit([(taken(x), y) for x, y in zip(fit.images.split(500), fit.labels.split(500))])
         theirs = detector.predict(taken(fit.held_out_images)).detach().double()
     finally: torch.set_default_dtype(before)
     ours = BASELINES[name].make(fit)(fit.held_out_outputs)
     if name == "msp": ours = ours - 1
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=(1e-2 if name == "openmax" else 1e-4) * theirs.abs().max().item())
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=(1e-2 if name == "openmax" else 1e-4)
+                               * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize("name, field", [("mahalanobis", "features"), ("mahalanobis_before", "before")])
 def test_mahalanobis_is_its_formula_in_float64(name, field, fit):
     z, x = (getattr(o, field).double() for o in (fit.outputs, fit.held_out_outputs))
     mu = torch.stack([z[fit.labels == k].mean(0) for k in range(K)])
-    precision = torch.linalg.inv((z - mu[fit.labels]).T @ (z - mu[fit.labels]) + 1e-6 * torch.eye(z.shape[1], dtype=torch.float64))
+    precision = torch.linalg.inv((z - mu[fit.labels]).T @ (z - mu[fit.labels]) + 1e-6
+                                 * torch.eye(z.shape[1], dtype=torch.float64))
     d = x[:, None] - mu
-    torch.testing.assert_close(BASELINES[name].make(fit)(fit.held_out_outputs), torch.einsum("nkd,de,nke->nk", d, precision, d).amin(1) / 2, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(BASELINES[name].make(fit)(fit.held_out_outputs),
+                               torch.einsum("nkd,de,nke->nk", d, precision, d).amin(1) / 2, rtol=1e-6, atol=1e-9)
     assert torch.get_default_dtype() == torch.float32
 
 
 def test_openmax_of_an_image_does_not_depend_on_its_company(fit, noise):
     o = network_outputs(fit.model, noise)
     score = BASELINES["openmax"].make(fit)
-    torch.testing.assert_close(torch.cat([score(o[i:i + 1]) for i in range(len(noise))]), score(o), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(torch.cat([score(o[i:i + 1]) for i in range(len(noise))]), score(o), rtol=1e-9,
+                               atol=1e-12)
 
 
 def test_a_detector_keeps_the_layer_it_was_made_of(fit):
@@ -155,7 +172,8 @@ def test_a_detector_keeps_the_layer_it_was_made_of(fit):
 def test_mahalanobis_before_reads_the_layer_before(fit):
     other = fit._replace(outputs=fit.outputs._replace(before=fit.outputs.features))
     o = fit.held_out_outputs
-    torch.testing.assert_close(BASELINES["mahalanobis_before"].make(other)(o._replace(before=o.features)), BASELINES["mahalanobis"].make(fit)(o))
+    torch.testing.assert_close(BASELINES["mahalanobis_before"].make(other)(o._replace(before=o.features)),
+                               BASELINES["mahalanobis"].make(fit)(o))
     both, a, b = (BASELINES[n].make(fit)(o) for n in ("mahalanobis_both", "mahalanobis", "mahalanobis_before"))
     torch.testing.assert_close(both, a + b, rtol=1e-3, atol=1e-5)
 
@@ -176,7 +194,8 @@ def test_odin_takes_the_epsilon_that_id_images_like_best(fit):
     grid = odin_grid(fit.model, fit.held_out_images, [1, 1000])
     assert grid.shape == (2, len(EPSILONS)) and (grid[0] > grid[1]).all() and EPSILONS[-1] == 0.004
     eps = EPSILONS[grid[1].argmax()]
-    torch.testing.assert_close(BASELINES["odin"].make(fit)(fit.held_out_images[:50]), msp(odin_logits(fit.model, fit.held_out_images[:50], [eps])[0] / 1000))
+    torch.testing.assert_close(BASELINES["odin"].make(fit)(fit.held_out_images[:50]),
+                               msp(odin_logits(fit.model, fit.held_out_images[:50], [eps])[0] / 1000))
 
 
 def test_ensemble(fit):
@@ -192,7 +211,8 @@ def test_ensemble(fit):
 
 def test_kl_is_that_of_two_gaussians_and_its_gradient_the_authors_update():
     N, decay = 500, 2e-3
-    mu, psi = dict(w=torch.randn(5, dtype=torch.float64).requires_grad_()), dict(w=torch.randn(5, dtype=torch.float64).requires_grad_())
+    mu, psi = dict(w=torch.randn(5, dtype=torch.float64).requires_grad_()), dict(w=torch.randn(5,
+        dtype=torch.float64).requires_grad_())
     prior = Normal(torch.zeros(5, dtype=torch.float64), (N * decay)**-0.5)
     exact = kl_divergence(Normal(mu["w"], psi["w"].exp()), prior).sum() / N
     constant = 5 / N * (-0.5 + math.log((N * decay)**-0.5))
@@ -204,21 +224,26 @@ def test_kl_is_that_of_two_gaussians_and_its_gradient_the_authors_update():
 
 def test_bayes_adapter_learns_both(fit):
     net, sigma, losses = bayes_adapter(fit.model, fit.images, fit.labels, steps=60, lr_psi=1., seed=1)
-    assert len(losses) == 60 and sigma.keys() == dict(net.named_parameters()).keys() and all((s > 0).all() for s in sigma.values())
+    assert len(losses) == 60
+    assert sigma.keys() == dict(net.named_parameters()).keys()
+    assert all((s > 0).all() for s in sigma.values())
     assert any(not torch.equal(p, q) for p, q in zip(net.parameters(), fit.model.parameters()))
-    assert torch.cat([s.flatten() for s in sigma.values()]).mean() > 0.0045               # from exp(−5.5): the prior pulls σ up
+    # from exp(−5.5): the prior pulls σ up
+    assert torch.cat([s.flatten() for s in sigma.values()]).mean() > 0.0045
     again = bayes_adapter(fit.model, fit.images, fit.labels, steps=60, lr_psi=1., seed=1)
     assert again[2] == losses and all(torch.equal(again[1][k], s) for k, s in sigma.items())
     accuracy = (network_outputs(net, fit.held_out_images).logits.argmax(1) == fit.held_out_labels).double().mean()
     assert accuracy > 0.95
-    with pytest.raises(NiooddError, match="expected a finite number"): bayes_adapter(fit.model, fit.images, fit.labels, steps=60, lr=1e9)
+    with pytest.raises(NiooddError, match="expected a finite number"):
+        bayes_adapter(fit.model, fit.images, fit.labels, steps=60, lr=1e9)
     with pytest.raises(NiooddError, match="labels run"): bayes_adapter(fit.model, fit.images, fit.labels + 9, steps=1)
 
 
 def test_bayes_adapter_leaves_batch_norm_alone():
     x, y = patterns(64, 2)
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, K))
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                        nn.Linear(4, K))
     net[1].running_mean.normal_()
     new, sigma, _ = bayes_adapter(net, x, y, steps=5, batch_size=16)
     assert set(sigma) == {"0.weight", "0.bias", "5.weight", "5.bias"}
@@ -227,31 +252,38 @@ def test_bayes_adapter_leaves_batch_norm_alone():
 
 def test_bayes_adapter_takes_any_measure_of_agreement(fit):
     a = BASELINES["bayes_adapter_2"].make(fit, steps=2, measure="mutual_information")(fit.held_out_images[:5])
-    assert (a >= 0).all() and not torch.equal(a, BASELINES["bayes_adapter_2"].make(fit, steps=2)(fit.held_out_images[:5]))
-    with pytest.raises(NiooddError, match="unknown measure"): BASELINES["bayes_adapter_2"].make(fit, steps=2, measure="entropie")
+    assert (a >= 0).all()
+    assert not torch.equal(a, BASELINES["bayes_adapter_2"].make(fit, steps=2)(fit.held_out_images[:5]))
+    with pytest.raises(NiooddError, match="unknown measure"):
+        BASELINES["bayes_adapter_2"].make(fit, steps=2, measure="entropie")
 
 
 @pytest.mark.parametrize("name", ["C1", "C2", "C3", "C4", "C5"])
-def test_pieces_of_the_papers_networks(name):
+def test_stages_of_the_papers_networks(name):
     net = architecture(name).eval()
     x = torch.rand(2, *(net.arguments[k] for k in ("channels", "size", "size"))) * 2 - 1
     with torch.no_grad():
         y, sides = x, []
-        for piece in pieces(net, x):
+        for piece in stages(net, x):
             y = piece(y)
             sides.append(y.shape[2:].numel() if y.ndim == 4 else 0)
         assert torch.equal(y, net(x)) and sides[-1] == 0 and all(a > b for a, b in zip(sides, sides[1:]))
 
 
-def test_pieces_refuse_what_is_no_sequence():
-    with pytest.raises(NiooddError, match="not a sequence"): pieces(Classifier(4, size=12).eval(), torch.zeros(1, 1, 12, 12))
-    with pytest.raises(NiooddError, match="no feature maps"): pieces(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.zeros(1, 1, 2, 2))
+def test_stages_refuse_what_is_no_sequence():
+    with pytest.raises(NiooddError, match="not a sequence"):
+        stages(Classifier(4, size=12).eval(), torch.zeros(1, 1, 12, 12))
+    with pytest.raises(NiooddError, match="no feature maps"):
+        stages(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.zeros(1, 1, 2, 2))
 
 
-@pytest.mark.parametrize("name", ["msp", "vim", "nac", "mahalanobis_both", "openmax", "odin", "gram", "bayes_adapter_2"])
+@pytest.mark.parametrize("name", ["msp", "vim", "nac", "mahalanobis_both", "openmax", "odin", "gram",
+                                  "bayes_adapter_2"])
 @pytest.mark.parametrize("change, message", [
-    (lambda f: dict(labels=f.labels[:9]), "9 labels"), (lambda f: dict(labels=f.labels % 3), "no training image of class 3"), (lambda f: dict(labels=f.labels + 1), "labels run"),
-    (lambda f: dict(held_out_images=f.held_out_images[:7]), "7 images"), (lambda f: dict(held_out_labels=f.held_out_labels - 1), "held-out labels run")])
+    (lambda f: dict(labels=f.labels[:9]), "9 labels"), (lambda f: dict(labels=f.labels % 3),
+                                                        "no training image of class 3"), (lambda f: dict(labels=f.labels + 1), "labels run"),
+    (lambda f: dict(held_out_images=f.held_out_images[:7]),
+     "7 images"), (lambda f: dict(held_out_labels=f.held_out_labels - 1), "held-out labels run")])
 def test_a_fit_that_does_not_fit_gets_one_line(name, change, message, fit):
     with pytest.raises(NiooddError, match=message) as e: make(name, fit._replace(**change(fit)))
     assert "\n" not in str(e.value)
@@ -260,6 +292,7 @@ def test_a_fit_that_does_not_fit_gets_one_line(name, change, message, fit):
 def test_nan_and_unknown_names_get_one_line(fit):
     o = fit.held_out_outputs
     with pytest.raises(NiooddError, match="vim gave NaN for 1 of 200 images"):
-        BASELINES["vim"].make(fit)(o._replace(features=torch.where(torch.arange(200)[:, None] == 5, torch.nan, o.features)))
-    with pytest.raises(NiooddError, match="did you mean 'energy'"): baseline("energie")
-    assert baseline("energy") is BASELINES["energy"]
+        BASELINES["vim"].make(fit)(o._replace(features=torch.where(torch.arange(200)[:, None] == 5, torch.nan,
+                                                                   o.features)))
+    with pytest.raises(NiooddError, match="did you mean 'energy'"): BASELINES["energie"]
+    assert BASELINES["energy"].name == "energy"

@@ -13,6 +13,7 @@ from nioodd.speed.detectors import (
     TOLERANCE,
     USUAL,
     Rates,
+    Sizes,
     Table,
     bench_detectors,
     disagreement,
@@ -45,8 +46,11 @@ def test_a_subject_has_as_many_images_as_were_asked_for_and_is_reproducible(c1):
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(c1.model.state_dict().values(), again.model.state_dict().values()))
     assert len(c1.images) == len(c1.labels) == 400 and [len(x) for x in c1.sets.values()] == [60] * 4
-    assert c1.labels.unique().tolist() == list(range(10)) and not c1.model.training and all(p.grad is None for p in c1.model.parameters())
-    assert (network_outputs(c1.model, c1.held_out).logits.argmax(1) == c1.held_out_labels).double().mean() > 0.3  # it has learnt something
+    assert c1.labels.unique().tolist() == list(range(10))
+    assert not c1.model.training
+    assert all(p.grad is None for p in c1.model.parameters())
+    # it has learnt something
+    assert (network_outputs(c1.model, c1.held_out).logits.argmax(1) == c1.held_out_labels).double().mean() > 0.3
 
 
 def test_more_images_than_there_are_come_again_shifted():
@@ -102,25 +106,34 @@ def test_a_table_shares_its_forward_passes(c1):
 
 
 def test_layerwise_costs_at_least_a_pass(c1):
-    assert layerwise_cost(c1, rounds=2, limit=0.0, clock=time.process_time) > 0.5  # no more than that: this is a check of the ratio's direction
+    # no more than that: this is a check of the ratio's direction
+    assert layerwise_cost(c1, rounds=2, limit=0.0, clock=time.process_time) > 0.5
 
 
 def test_report_has_its_rows():
     state = torch.get_rng_state()
-    report = bench_detectors(detectors=("msp", "vim"), images=30, fit_images=200, train_images=200, rounds=2, limit=0.0, progress=False)
+    report = bench_detectors(detectors=("msp", "vim"), sizes=Sizes(30, 200, 200), rounds=2,
+                             limit=0.0, progress=False)
     lines = report.splitlines()
     rows = [line for line in lines if line.startswith(("msp ", "vim ", "detector "))]
     assert len(rows) == 3 and len({len(r) for r in rows}) == 1           # columns line up
-    for start in ("each detector at least as fast", "same scores to 1e-03", "table of 2 detectors × 3 sets", "LayerwiseDetector: "):
+    for start in ("each detector at least as fast", "same scores to 1e-03", "table of 2 detectors × 3 sets",
+                  "LayerwiseDetector: "):
         assert sum(line.startswith(start) and ("met" in line or "MISSED" in line) for line in lines) == 1, start
     assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize("options, said", [
-    (dict(detectors=("vimm",)), "vim"), (dict(detectors=("odin",), images=5, fit_images=200, train_images=200), "odin needs images"), (dict(detectors=()), "nothing to measure"),
-    (dict(architectures=()), "nothing to measure"), (dict(architectures=("C9",)), "C9"), (dict(images=0), "0 images"), (dict(fit_images=10), "10 to fit on"),
-    (dict(batch=0), "batches of 0"), (dict(rounds=0), "0 rounds"),
-    (dict(images=5, fit_images=200, train_images=2), "of 10 digits")])
+    (dict(detectors=("vimm",)), "vim"),
+    (dict(detectors=("odin",), sizes=Sizes(5, 200, 200)), "odin needs images"),
+    (dict(detectors=()), "nothing to measure"),
+    (dict(architectures=()), "nothing to measure"),
+    (dict(architectures=("C9",)), "C9"),
+    (dict(sizes=Sizes(images=0)), "0 images"),
+    (dict(sizes=Sizes(fit_images=10)), "10 to fit on"),
+    (dict(batch=0), "batches of 0"),
+    (dict(rounds=0), "0 rounds"),
+    (dict(sizes=Sizes(5, 200, 2)), "of 10 digits")])
 def test_one_line_for_what_cannot_be_measured(options, said):
     with pytest.raises(NiooddError, match=said) as e: bench_detectors(progress=False, **options)
     assert "\n" not in str(e.value)

@@ -11,7 +11,7 @@ from nioodd.core.images import to_input
 from nioodd.core.models import Classifier
 from nioodd.core.training import has_bfloat16
 from nioodd.inversion.generator import CONDITIONINGS, Generator, sample_conditions
-from nioodd.inversion.invert import frozen, inversion_loss
+from nioodd.inversion.invert import GeneratedBatch, frozen, inversion_loss
 from nioodd.speed.loop import (
     KINDS,
     PilDigits,
@@ -82,7 +82,8 @@ def test_classifier_operations_against_torch(shape):
 def test_generator_operations_against_torch(conditioning):
     generator, classifier = Generator(11, conditioning=conditioning), Classifier(11)
     c, y = sample_conditions(4, 11)
-    with frozen(classifier): ours, theirs = counted(lambda: classifier(generator.sample(c, y)).sum(), generator, classifier)
+    with frozen(classifier):
+        ours, theirs = counted(lambda: classifier(generator.sample(c, y)).sum(), generator, classifier)
     assert ours == theirs > 0
 
 
@@ -107,7 +108,8 @@ def both() -> tuple[Classifier, UsualClassifier]:
     "The two classifiers with the same weights and batch statistics."
     ours, usual = Classifier(11), UsualClassifier(11)
     ours.train()(torch.randn(32, 1, 28, 28))
-    for p in ours.parameters(): p.data += 0.1 * torch.randn_like(p)  # batch norm's scales and shifts too, of either sign
+    # batch norm's scales and shifts too, of either sign
+    for p in ours.parameters(): p.data += 0.1 * torch.randn_like(p)
     ours.body[0][1].weight.data[::2] *= -1
     usual.load_state_dict(dict(zip(usual.state_dict(), ours.state_dict().values())))
     return ours, usual
@@ -141,7 +143,7 @@ def test_usual_classifier_computes_the_same(both):
 def test_usual_inversion_loss_is_ours(both):
     logits, features = logits_and_features(both[0].eval(), torch.randn(32, 1, 28, 28))
     c, y = sample_conditions(32, 11)
-    assert_close(usual_loss(logits, features, c, y), inversion_loss(logits, features, c, y)[0])
+    assert_close(usual_loss(logits, features, c, y), inversion_loss(GeneratedBatch(logits, features, c, y))[0])
 
 
 def test_the_usual_way_trains():
@@ -174,7 +176,8 @@ def test_profile_counts_nothing_twice(precision):
 
 
 def test_memory_of_exp3():
-    assert "50 rounds × 1,000 + 6,000 images): 44 MB as uint8, 176 MB as float32" in memory_lines()[0]  # 56,000 · 784 bytes
+    # 56,000 · 784 bytes
+    assert "50 rounds × 1,000 + 6,000 images): 44 MB as uint8, 176 MB as float32" in memory_lines()[0]
 
 
 def test_report_has_its_rows():
@@ -182,12 +185,15 @@ def test_report_has_its_rows():
     lines = bench_loop("cpu", quick=True, progress=False).splitlines()
     precisions = ["float32"] + ["bfloat16"] * has_bfloat16()
     for p in precisions:
-        starts = [f"matrix product 1024×1024, {p}: ", f"classifier epoch, {p}, 64 ", f"classifier epoch, {p}, 256 ", f"generator step, {p}, 64 ",
+        starts = [f"matrix product 1024×1024, {p}: ", f"classifier epoch, {p}, 64 ", f"classifier epoch, {p}, 256 ",
+                  f"generator step, {p}, 64 ",
                   f"classifier epoch, {p} ", f"generator step, {p} "]
         for start in starts: assert sum(line.startswith(start) for line in lines) == 1, start
     assert sum(line.endswith("×") for line in lines) == 2 * len(precisions)
     for kind in ("convolution, backward", "batch norm, forward", "max-pool, backward", "optimiser", "rest"):
         assert sum(line.startswith("  " + kind) for line in lines) == 1, kind
     assert any("uint8" in line for line in lines) and any("peak memory" in line for line in lines)
-    assert len({len(line) for line in lines if line.startswith(("classifier epoch, float32, ", "generator step, float32, "))}) == 1  # columns line up
+    # columns line up
+    assert len({len(line) for line in lines if line.startswith(("classifier epoch, float32, ",
+                                                                "generator step, float32, "))}) == 1
     assert torch.equal(state, torch.get_rng_state())
