@@ -1,4 +1,4 @@
-"""README.md, and its picture nbs/index.png, from nbs/index.ipynb.
+"""README.md and its picture nbs/index.png from nbs/index.ipynb; .github/CONTRIBUTING.md from nbs/contributing.ipynb.
 
     python .ci/readme.py          writes them
     python .ci/readme.py --check  writes nothing; exits 1 when they are stale"""
@@ -28,9 +28,9 @@ def alt_text(cell) -> str | None:
     return found[1] if found else None
 
 
-def relinked(text: str) -> str:
-    "A link relative to nbs/ becomes one relative to the root."
-    def address(match): return f"]({posixpath.normpath('nbs/' + match[1])}"
+def relinked(text: str, folder: str) -> str:
+    "A link relative to nbs/ becomes one relative to a folder of the root."
+    def address(match): return f"]({posixpath.relpath(posixpath.normpath('nbs/' + match[1]), folder or '.')}"
     return re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)", address, text)
 
 
@@ -41,8 +41,9 @@ def check_output(output) -> None:
     sys.exit(f"nbs/index.ipynb: a README shows text and tables only, not\n{output}")
 
 
-class Readme(Preprocessor):
-    "Leaves of a notebook what a reader of the README is to see."
+class Shown(Preprocessor):
+    "Leaves of a notebook what a reader of its page is to see."
+    folder = ""  # Of the page, under the root
 
     def preprocess(self, nb, resources):
         nb.metadata["language_info"] = {"name": "python"}  # nbdev_clean drops it; the code fences need it
@@ -50,11 +51,11 @@ class Readme(Preprocessor):
         return nb, resources
 
     def shown(self, cell):
-        if cell.cell_type == "markdown": return new_markdown_cell(relinked(cell.source))
+        if cell.cell_type == "markdown": return new_markdown_cell(relinked(cell.source, self.folder))
         if alt := alt_text(cell): return new_markdown_cell(f"![{alt}]({picture.relative_to(root).as_posix()})")
         for output in cell.outputs: check_output(output)
         if has(cell, "echo: false"):
-            return new_markdown_cell("\n\n".join(relinked(o.data["text/markdown"]) for o in cell.outputs))
+            return new_markdown_cell("\n\n".join(relinked(o.data["text/markdown"], self.folder) for o in cell.outputs))
         source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE)
         return new_code_cell(source, outputs=cell.outputs)
 
@@ -67,32 +68,36 @@ def drawn(nb) -> bytes:
     return base64.b64decode(found[0])
 
 
-def readme() -> tuple[str, bytes]:
-    "Its text and its picture."
-    exporter = MarkdownExporter(preprocessors=[Readme])
+def page(name: str, folder: str = "") -> str:
+    "The text of nbs/NAME.ipynb as Markdown for a folder of the root."
+    shown_there = Shown()
+    shown_there.folder = folder
+    exporter = MarkdownExporter(preprocessors=[shown_there])
     exporter.display_data_priority = shown
-    nb = nbformat.read(root/"nbs"/"index.ipynb", as_version=4)
-    png, text = drawn(nb), exporter.from_notebook_node(nb)[0]
+    text = exporter.from_notebook_node(nbformat.read(root/"nbs"/f"{name}.ipynb", as_version=4))[0]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in text.splitlines())).strip()
-    note = "<!-- Generated from nbs/index.ipynb by .ci/readme.py: edit the notebook. -->"
-    return f"{note}\n\n{text}\n", png
+    return f"<!-- Generated from nbs/{name}.ipynb by .ci/readme.py: edit the notebook. -->\n\n{text}\n"
 
 
-def is_stale(file: Path, text: str, png: bytes) -> bool:
-    if not (file.exists() and picture.exists()): return True
-    return file.read_text(encoding="utf-8") != text or picture.read_bytes() != png
+def pages() -> dict[Path, bytes]:
+    "Each file with what it has to hold."
+    return {root/"README.md": page("index").encode(),
+            picture: drawn(nbformat.read(root/"nbs"/"index.ipynb", as_version=4)),
+            root/".github"/"CONTRIBUTING.md": page("contributing", ".github").encode()}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when README.md is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when a file is stale")
     check = parser.parse_args().check
-    file, (text, png) = root/"README.md", readme()
-    if not is_stale(file, text, png): return
-    if check: sys.exit("README.md or nbs/index.png is stale: run `python .ci/readme.py`")
-    file.write_text(text, encoding="utf-8")
-    picture.write_bytes(png)
-    print("README.md written")
+    stale = {file: content for file, content in pages().items() if not file.exists() or file.read_bytes() != content}
+    if stale and check:
+        names = ", ".join(file.relative_to(root).as_posix() for file in stale)
+        sys.exit(f"stale: {names}; run `python .ci/readme.py`")
+    for file, content in stale.items():
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(content)
+        print(f"{file.relative_to(root).as_posix()} written")
 
 
 if __name__ == "__main__": main()

@@ -243,6 +243,7 @@ def one_call_each(loaded: dict) -> dict:
         "posthoc.outputs": lambda m: m.network_outputs(model, images),
         "posthoc.baselines": ensemble,
         "posthoc.layerwise": layers,
+        "posthoc.score_detector": lambda m: m.ScoreDetector(model, "energy").fit(held_out=images).verdict(images),
         "benchmark.recipes": lambda m: m.recipe_data(m.Recipe(data="digits5k", validation_images=500)),
         "benchmark.stress": lambda m: m.corrupted(images, "gaussian", 1),
         "benchmark.scoreboard": lambda m: m.scoreboard([], "C1", sets=["letters"]),

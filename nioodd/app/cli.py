@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import __version__
-from ..core.errors import NiooddError, unknown
+from ..core.errors import NiooddError, message, unknown
 from ..core.options import field_docs, from_dict, settings, with_values
 from ..inversion.config import PRESETS, Config, preset
 
@@ -136,16 +136,15 @@ def _folder(out: str | None, stem: str, resume: bool) -> Path:
     return taken
 
 # %% ../../nbs/app/02_cli.ipynb #7b32de47
-def _with_options(a: argparse.Namespace, *names: str) -> list[str]:
-    "`NAME=VALUE` of each given option that is short for a `--set`, beside those of the command line."
+def _short_settings(a: argparse.Namespace, *names: str) -> list[str]:
+    "`NAME=VALUE` of each given option that is short for a `--set`."
     given = {name: getattr(a, name) for name in names}
-    short = [f"{name}={value}" for name, value in given.items() if value is not None]
-    return short + a.settings if "data" in names else a.settings + short
+    return [f"{name}={value}" for name, value in given.items() if value is not None]
 
 # %% ../../nbs/app/02_cli.ipynb #1b85ee9d
 def _configuration(a: argparse.Namespace, out: Path, name: str) -> Config:
     "The preset with the settings of the command line; a bare --resume takes the stored one."
-    given = _with_options(a, "seed", "rounds")
+    given = a.settings + _short_settings(a, "seed", "rounds")
     if not (a.resume and a.preset is None and not given): return with_values(preset(name), given)
     from nioodd.inversion.loop import read_run
     return from_dict(Config, read_run(out)["config"])
@@ -238,7 +237,7 @@ def _train(a: argparse.Namespace) -> int:
     from nioodd.benchmark.recipes import find_recipe, train_classifier
     base = find_recipe(a.recipe)
     if a.fields: return _print_fields(base)
-    recipe = with_values(base, _with_options(a, "data", "epochs"))
+    recipe = with_values(base, _short_settings(a, "data", "epochs") + a.settings)
     out = _folder(a.out, f"{a.recipe}-seed{a.seed}", a.resume)
     command = _canonical(["train", a.recipe, "--seed", str(a.seed)], recipe, base)
     try:

@@ -51,7 +51,8 @@ class Verdict(nn.Module):
 class _AlwaysFinite(TorchFunctionMode):
     "While a graph is traced, its tensors are said to be finite."
     def __torch_function__(self, f, types, args=(), kwargs=None):
-        return np.True_ if f is torch.isfinite else f(*args, **(kwargs or {}))
+        if f is torch.isfinite: return np.ones((1,) * args[0].ndim, dtype=bool) # No tensor: it has a value
+        return f(*args, **(kwargs or {}))
 
 # %% ../../nbs/app/01_export.ipynb #f9a5fcfc
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ def guard(
     check_empty(out)
     model, _, problem = folder_problem(folder, data, root)
     held_out, kind = _calibration_images(problem)
-    detector = LayerwiseDetector(model.to(device), problem.train.classes, problem.n_known)
+    detector = LayerwiseDetector(model.to(device), classes=problem.train.classes)
     detector.fit(problem.train.images, held_out.images, false_alarms=false_alarms, progress=progress)
     tested_by = rejected = None
     if kind == "held-out":
@@ -113,6 +113,7 @@ def _origin(folder: str | os.PathLike, info: dict) -> dict:
     "Where the network of a detector comes from, for fit.json."
     return dict(model=Path(folder).name) | {f"model_{key}": info.get(key) for key in ORIGIN}
 
+# %% ../../nbs/app/00_folders.ipynb #19525976
 def _id_set(info: dict) -> str:
     "The name of the ID set that a network was trained on."
     return info["recipe"]["data"] if "recipe" in info else info["config"]["id_set"]

@@ -143,6 +143,7 @@ def _new_network(recipe: Recipe, problem: Problem, device: torch.device) -> nn.M
     model = architecture(recipe.architecture, len(problem.train.classes), channels, size)
     return model.to(device, memory_format=torch.channels_last)
 
+# %% ../../nbs/benchmark/00_recipes.ipynb #fdec7f6f
 def _new_optimiser(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     settings = dict(lr=recipe.lr, weight_decay=recipe.weight_decay)
     if recipe.optimiser == "adamw": return torch.optim.AdamW(model.parameters(), **settings)

@@ -22,16 +22,21 @@ def standard_normal(
     seed: int = 0, # 0 … 2³² − 1
     stream: int = 0, # Another stream has other numbers
 ) -> Tensor: # float32 [N, pixels]
-    "N(0, 1), 16 bits of it: each row a pure function of its index, `pixels`, seed and stream. Raises `NiooddError` for an index or seed that is no whole number from 0."
-    if not (isinstance(seed, int) and 0 <= seed < 2**32): raise NiooddError(f"seed is {seed}; expected 0 to 2^32 − 1")
+    """N(0, 1), 16 bits of it: each row is a function of its index, `pixels`, seed and stream alone.
+
+    Raises `NiooddError` for an index or seed that is no whole number from 0."""
+    if not (isinstance(seed, int) and 0 <= seed < 2**32):
+        raise NiooddError(f"seed is {seed}; expected 0 to 2^32 − 1")
     if index.dtype != torch.int64 or (len(index) and index.min() < 0):
-        raise NiooddError("index holds negative values or no whole numbers; expected positions of images, from 0; of a mask take mask.nonzero()[:, 0]")
+        raise NiooddError("index holds negative values or no whole numbers; expected positions of images, from 0; "
+                          "of a mask take mask.nonzero()[:, 0]")
     table = torch.special.ndtri((torch.arange(2**16).double() + 0.5) / 2**16).float()
     out, block = torch.empty(len(index), pixels), index // 256
     for b in block.unique():                                              # neighbours are drawn together
         rows = (block == b).nonzero()[:, 0]
         start, stop = int(index[rows].min()), int(index[rows].max()) + 1
-        high, low = noise("uniform", start, stop, size=1, channels=2 * pixels, seed=seed + stream * 2**32).view(-1, 2, pixels).unbind(1)
+        levels = noise("uniform", start, stop, size=1, channels=2 * pixels, seed=seed + stream * 2**32)
+        high, low = levels.view(-1, 2, pixels).unbind(1)
         out[rows] = table[high.int() * 256 + low][index[rows] - start]
     return out
 
@@ -40,7 +45,8 @@ def pixel_moments(
     images: Tensor, # uint8 [N, C, H, W]
 ) -> tuple[Tensor, Tensor]: # float64 [C] and [C], on the [0, 1] scale
     "Mean and (population) standard deviation of the pixels of each channel."
-    share = torch.stack([c.flatten().bincount(minlength=256).double() for c in images.unbind(1)]) / images[:, 0].numel()   # [C, 256]
+    counts = torch.stack([c.flatten().bincount(minlength=256).double() for c in images.unbind(1)]) # [C, 256]
+    share = counts / images[:, 0].numel()
     level = torch.linspace(0, 1, 256, dtype=torch.float64)
     mean = share @ level
     return mean, (share * (level - mean[:, None]) ** 2).sum(1).sqrt()
@@ -48,16 +54,17 @@ def pixel_moments(
 def _check_images(images: Tensor) -> None:
     "Raise `NiooddError` unless `images` is uint8 [N, C, H, W] with N at least 1."
     if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
-        raise NiooddError(f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, C, H, W], at least one; see nioodd.core.images.from_arrays")
+        raise NiooddError(f"images are {images.dtype} {list(images.shape)}; expected uint8 [N, C, H, W], "
+                          "at least one; see nioodd.core.images.from_arrays")
 
 def gaussian_images(
-    like: ImageSet, # ID training images: gives size and channels, and mean and standard deviation where they are not given
+    like: ImageSet, # ID training images: gives size and channels, and what of mean and std is not given
     n: int = 10_000, # How many
     seed: int = 0,
     mean: float | None = None, # Of every channel, on the [0, 1] scale; None: that of `like`, per channel. ODIN's: 0.5
     std: float | None = None, # Likewise; before clipping. ODIN's: 1
 ) -> ImageSet: # `gaussian-like-NAME`, no labels
-    "Images whose pixels are independent, N(mean, std²) on [0, 1], clipped and rounded to uint8; image i depends on i, the seed and the numbers alone."
+    "Images of independent pixels, N(mean, std²) on [0, 1], in uint8. Image i depends on i and the arguments alone."
     _check_images(like.images)
     if n < 1: raise NiooddError(f"n is {n}; expected at least 1 image")
     shape = like.images.shape[1:]
@@ -65,7 +72,8 @@ def gaussian_images(
     m = own_mean if mean is None else torch.full_like(own_mean, mean)
     s = own_std if std is None else torch.full_like(own_std, std)
     if not (m.isfinite().all() and (s >= 0).all() and s.isfinite().all()):
-        raise NiooddError(f"mean is {mean} and std {std}; expected finite numbers on the [0, 1] scale, std not negative")
+        raise NiooddError(f"mean is {mean} and std {std}; expected finite numbers on the [0, 1] scale, "
+                          "std not negative")
     out = torch.empty(n, *shape, dtype=torch.uint8)
     for i in torch.arange(n).split(1000):
         z = standard_normal(i, shape.numel(), seed, stream=1).view(-1, *shape)
@@ -76,14 +84,17 @@ def _to_grey(x: Tensor) -> Tensor: # Grey levels as floats → uint8, rounded an
     return x.round().clamp(0, 255).to(torch.uint8)
 
 # %% ../../nbs/benchmark/01_stress.ipynb #589d3960
-SEVERITIES = dict(gaussian=(0.04, 0.06, 0.08, 0.09, 0.10), speckle=(0.06, 0.10, 0.12, 0.16, 0.20)) # s on [0, 1]; Hendrycks & Dietterich, ICLR 2019 (CIFAR-10-C)
+SEVERITIES = dict( # s on [0, 1]; Hendrycks & Dietterich, ICLR 2019 (CIFAR-10-C)
+    gaussian=(0.04, 0.06, 0.08, 0.09, 0.10),
+    speckle=(0.06, 0.10, 0.12, 0.16, 0.20),
+)
 
 def corrupted(
     images: Tensor, # uint8 [N, C, H, W]
     kind: str, # "gaussian" or "speckle"
     severity: int, # 1 to 5
     seed: int = 0,
-    index: Tensor | None = None, # int64 [N], the images' positions in their set, if they are a subset of it; None: 0 … N − 1
+    index: Tensor | None = None, # int64 [N], the images' positions in their set; None: 0 … N − 1
 ) -> Tensor: # uint8 [N, C, H, W]
     """CIFAR-10-C's Gaussian or speckle noise. The noise of an image depends on its index and the seed alone.
 
@@ -92,7 +103,9 @@ def corrupted(
     if kind not in SEVERITIES: raise unknown("noise", kind, SEVERITIES)
     if severity not in range(1, 6): raise NiooddError(f"severity is {severity}; expected 1, 2, 3, 4 or 5")
     index = torch.arange(len(images)) if index is None else torch.as_tensor(index)
-    if index.shape != images.shape[:1]: raise NiooddError(f"index has shape {list(index.shape)}; expected [{len(images)}], one position for each image")
+    if index.shape != images.shape[:1]:
+        raise NiooddError(f"index has shape {list(index.shape)}; expected [{len(images)}], "
+                          "one position for each image")
     s, out = SEVERITIES[kind][int(severity) - 1], torch.empty_like(images)
     for rows in torch.arange(len(images)).split(1000):
         x = images[rows].float()
@@ -108,11 +121,13 @@ def fgsm(
     eps: float = 8 / 255, # Largest change of a value, on the [0, 1] scale
     batch_size: int = 500,
 ) -> Tensor: # float32 [N, C, H, W] in [−1, 1], on the CPU
-    """The fast gradient sign method: clip(x + ε sign ∇E), E the cross-entropy to `labels`, in eval mode. Goodfellow et al., ICLR 2015, §4.
+    """The fast gradient sign method: clip(x + ε sign ∇E), E the cross-entropy to `labels`, in eval mode.
 
-    Raises `NiooddError` for images that are not uint8, labels that do not fit, ε outside [0, 1], or a network without a gradient."""
+    Goodfellow et al., ICLR 2015, §4. Raises `NiooddError` for images that are not uint8, labels that do not fit,
+    ε outside [0, 1], or a network without a gradient."""
     _check_images(images)
-    if not 0 <= eps <= 1: raise NiooddError(f"eps is {eps}; expected 0 to 1, a change on the [0, 1] scale; 8/255 is eight grey levels")
+    if not 0 <= eps <= 1:
+        raise NiooddError(f"eps is {eps}; expected 0 to 1, a change on the [0, 1] scale; 8/255 is eight grey levels")
     if labels is not None and (labels := torch.as_tensor(labels)).shape != images.shape[:1]:
         raise NiooddError(f"labels have shape {list(labels.shape)}; expected [{len(images)}], one for each image")
     device, out = next((t.device for t in model.state_dict().values()), "cpu"), torch.empty(images.shape)
@@ -122,7 +137,8 @@ def fgsm(
             x = to_input(pixels).contiguous(memory_format=torch.channels_last).requires_grad_()
             against = _log_odds_against(checked_logits(model(x)), None if labels is None else labels[rows])
             if not against.requires_grad:
-                raise NiooddError("the network gives no gradient; expected logits that can be differentiated by the images; remove no_grad or detach from its forward")
+                raise NiooddError("the network gives no gradient; expected logits that can be differentiated "
+                                  "by the images; remove no_grad or detach from its forward")
             step = 255 * eps * torch.autograd.grad(against.sum(), x)[0].sign()
             out[rows] = to_input((pixels + step).clamp(0, 255)).cpu()
     return out
@@ -130,6 +146,7 @@ def fgsm(
 def _log_odds_against(z: Tensor, labels: Tensor | None) -> Tensor:
     "log (1 − p_y) / p_y for each row of logits [B, K]; y the argmax without labels."
     y = z.argmax(1) if labels is None else labels.to(z.device)
-    if not 0 <= int(y.min()) <= int(y.max()) < z.shape[1]: raise NiooddError(f"labels run from {int(y.min())} to {int(y.max())}; expected 0 to {z.shape[1] - 1}")
+    if not 0 <= int(y.min()) <= int(y.max()) < z.shape[1]:
+        raise NiooddError(f"labels run from {int(y.min())} to {int(y.max())}; expected 0 to {z.shape[1] - 1}")
     y = y.long()[:, None]
     return z.scatter(1, y, -torch.inf).logsumexp(1) - z.gather(1, y)[:, 0]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from .errors import NiooddError, unknown
-from .files import load_tensors, save_tensors, sha256_of, write_atomic
+from .files import load_tensors, save_tensors, sha256_of, with_prefix, write_atomic
 from .forward import as_input, batches, is_channels_last, logits_of
 from .images import ImageSet
 from .metrics import checked_scores
@@ -422,10 +422,6 @@ def detector_class(base: type, name: str) -> type:
     if name not in known: raise unknown("kind of detector", name, known)
     return known[name]
 
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    "The tensors whose name begins with `prefix`, without it."
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
 # %% ../../nbs/core/12_detector.ipynb #97e0e683
 @patch(classmethod)
 def load(cls: type[Detector],
@@ -435,12 +431,12 @@ def load(cls: type[Detector],
     "The detector saved in `folder`. Raises `NiooddError` for files that are damaged or do not fit."
     description, tensors = read_detector(folder)
     kind = detector_class(cls, description["detector"])
-    network = rebuild_network(description["network"], _with_prefix(tensors, "network."), model)
+    network = rebuild_network(description["network"], with_prefix(tensors, "network."), model)
     try: detector = kind(network, threshold=description["threshold"], **description["arguments"])
     except TypeError as e:
         raise NiooddError(f"{folder}/detector.json does not fit {kind.__name__}: {e}; "
                           "expected the arguments it was saved with; save it again") from None
-    learnt = _with_prefix(tensors, "learnt.")
+    learnt = with_prefix(tensors, "learnt.")
     in_older_files = learnt.pop("calibration", None)
     detector.calibration = tensors.get("calibration", in_older_files)
     detector.restore(learnt)

@@ -31,7 +31,7 @@ def message(
     *args, # What it is called with
     **kwargs, # Likewise
 ) -> str: # One line
-    "What the `NiooddError` of `call(*args, **kwargs)` says. `AssertionError` if there is none, or it has several lines."
+    "What the `NiooddError` of the call says. `AssertionError` if there is none, or it has several lines."
     try: call(*args, **kwargs)
     except NiooddError as e:
         assert "\n" not in str(e), str(e)

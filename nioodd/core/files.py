@@ -81,6 +81,7 @@ def write_json(path: str | os.PathLike, value: dict) -> Path:
     "Write one JSON object, atomically."
     return write_atomic(path, json.dumps(value, indent=1) + "\n")
 
+# %% ../../nbs/core/10_files.ipynb #ed3e4b35
 def write_json_lines(path: str | os.PathLike, rows: list[dict]) -> Path:
     "Write a log, an object per line, atomically."
     return write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
@@ -102,11 +103,12 @@ def read_json_lines(
         rows.append(row)
     return rows
 
-# %% ../../nbs/core/10_files.ipynb #318debee
+# %% ../../nbs/core/10_files.ipynb #06397c2b
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     "The tensors whose name begins with `prefix`, without it."
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
+# %% ../../nbs/core/10_files.ipynb #318debee
 def save_tensors(
     path: str | os.PathLike, # Ends in .safetensors by custom
     tensors: dict[str, Tensor],
@@ -139,7 +141,7 @@ def sha256_of(path: str | os.PathLike) -> str: # 64 hexadecimal digits
     "The SHA-256 of a file's bytes."
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-# %% ../../nbs/core/10_files.ipynb #8066e015
+# %% ../../nbs/core/10_files.ipynb #fba960dd
 def optimiser_tensors(
     optimiser: torch.optim.Optimizer,
     prefix: str, # Put before each name
@@ -150,6 +152,7 @@ def optimiser_tensors(
         for name, value in state.items(): tensors[f"{prefix}{i}.{name}"] = torch.as_tensor(value)
     return tensors
 
+# %% ../../nbs/core/10_files.ipynb #8066e015
 def restore_optimiser(
     optimiser: torch.optim.Optimizer, # Its learning rate and other settings stay as they are
     tensors: dict[str, Tensor], # Others among them are passed over
@@ -207,7 +210,7 @@ class ResumableFolder:
     required: tuple[str, ...] = () # Keys of its JSON; "network.class" stands within "network"
     required_at_end: tuple[str, ...] = () # Keys that are there once `status` is "finished"
 
-# %% ../../nbs/core/10_files.ipynb #06397c2b
+# %% ../../nbs/core/10_files.ipynb #7950b7ad
 def _has(value: object, key: str) -> bool:
     "Whether nested dictionaries have a key such as \"network.class\"."
     for part in key.split("."):
@@ -215,6 +218,7 @@ def _has(value: object, key: str) -> bool:
         value = value[part]
     return True
 
+# %% ../../nbs/core/10_files.ipynb #d30fd752
 @patch
 def _missing(self: ResumableFolder, info: object, also: tuple[str, ...]) -> list[str]:
     "The required keys that `info` lacks."
@@ -286,13 +290,14 @@ def commit() -> str | None:
     try: return subprocess.run(command, cwd=Path(__file__).parent, **how).stdout.strip()
     except (OSError, subprocess.SubprocessError, NameError): return None # A notebook has no `__file__`
 
-# %% ../../nbs/core/10_files.ipynb #fba960dd
+# %% ../../nbs/core/10_files.ipynb #5e1e9f0b
 PACKAGES = ("torch", "torchvision", "numpy", "pytorch-ood", "scikit-learn") # They decide a result
 
 def _version(package: str) -> str:
     try: return version(package)
     except PackageNotFoundError: return "not installed"
 
+# %% ../../nbs/core/10_files.ipynb #9ce419fc
 def provenance(device: str | torch.device = "cpu") -> dict:
     "Commit, versions, device and threads, for a result file."
     versions = dict(python=platform.python_version(), nioodd=__version__)

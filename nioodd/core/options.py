@@ -25,7 +25,7 @@ def option(
     "A dataclass field with its sentence, and its allowed values or its range (ends included)."
     return field(default=default, metadata=dict(doc=doc, choices=choices, low=low, high=high))
 
-# %% ../../nbs/core/11_options.ipynb #2c5c1188
+# %% ../../nbs/core/11_options.ipynb #fe47e0b7
 _TYPES = {int: (int,), float: (int, float), bool: (bool,), str: (str,)} # Annotation → types of values
 
 def _has_type(value, annotation) -> bool:
@@ -33,6 +33,7 @@ def _has_type(value, annotation) -> bool:
     if isinstance(value, bool): return bool in expected
     return isinstance(value, expected)
 
+# %% ../../nbs/core/11_options.ipynb #55626542
 def _expected(value, annotation, choices: Collection, low: float, high: float) -> str | None:
     "What was expected instead of `value`; None if it is allowed."
     if not _has_type(value, annotation): return str(getattr(annotation, "__name__", annotation))
@@ -59,6 +60,7 @@ def _read_value(kind: type, text: str):
     if kind in (int, float, str): return kind(text)
     return tuple(s.strip() for s in text.split(",") if s.strip())
 
+# %% ../../nbs/core/11_options.ipynb #4a8eef85
 def _parse(cls: type, name: str, text: str):
     "The value that `text` stands for in the field `name` of a data class."
     kinds = typing.get_type_hints(cls)
@@ -81,12 +83,13 @@ def with_values(
         values[name.strip()] = _parse(type(options), name.strip(), value.strip())
     return dataclasses.replace(options, **values)
 
-# %% ../../nbs/core/11_options.ipynb #4a8eef85
+# %% ../../nbs/core/11_options.ipynb #5ac69e69
 def to_dict(options) -> dict:
     "The fields of a data class as plain JSON values."
     values = dataclasses.asdict(options)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
+# %% ../../nbs/core/11_options.ipynb #2c5c1188
 def from_dict(cls: type, values: dict):
     "The `cls` that `to_dict` made `values` of. `NiooddError` for an unknown or a missing field."
     names = [f.name for f in dataclasses.fields(cls)]
@@ -97,12 +100,13 @@ def from_dict(cls: type, values: dict):
                           "it was written by another version: start a new run")
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-# %% ../../nbs/core/11_options.ipynb #55626542
+# %% ../../nbs/core/11_options.ipynb #46aee215
 def differences(a, b) -> list[str]:
     "The fields in which `a` and `b` differ, each as `name: a's value → b's value`."
     before, after = to_dict(a), to_dict(b)
     return [f"{k}: {before[k]} → {after[k]}" for k in before if before[k] != after[k]]
 
+# %% ../../nbs/core/11_options.ipynb #00ec874a
 def settings(options, base) -> list[str]:
     "Where `options` differ from `base`, as texts for `with_values(base, …)`."
     texts, standard = [], to_dict(base)
@@ -111,9 +115,10 @@ def settings(options, base) -> list[str]:
         if value != standard[name]: texts.append(f"{name}={text}")
     return texts
 
-# %% ../../nbs/core/11_options.ipynb #fe47e0b7
+# %% ../../nbs/core/11_options.ipynb #2da9e0e9
 def _value_text(value) -> str: return ", ".join(value) if isinstance(value, tuple) else str(value)
 
+# %% ../../nbs/core/11_options.ipynb #a587991a
 def field_docs(options) -> list[tuple[str, str, str]]:
     "(name, value, sentence) of every field of a data class of options, in order."
     rows = []

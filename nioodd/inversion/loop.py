@@ -482,6 +482,7 @@ def read_run(
     "`run.json` of a run's folder. Raises `NiooddError` if it is missing or damaged."
     return RUN.read(folder, also)
 
+# %% ../../nbs/inversion/05_loop.ipynb #f3631c7e
 def _round_file(folder: Path, kind: str, number: int) -> Path:
     return folder / f"{kind}/round_{number:03d}.safetensors"
 

@@ -350,10 +350,11 @@ def _round_pictures(run: Run) -> list[Picture]:
         pictures.append(Picture(f"{path.stem}.png", "images", caption, draw))
     return pictures
 
-# %% ../../nbs/inversion/06_report.ipynb #9947abec
+# %% ../../nbs/inversion/06_report.ipynb #29d66347
 def _rows_with_uncertainty(run: Run) -> list[dict]:
     return [row for row in run.rows if (row.get("ue") or {}).get("per_class")]
 
+# %% ../../nbs/inversion/06_report.ipynb #9947abec
 def _uncertainty_map(run: Run) -> Figure:
     "U per wanted class (rows) and round (columns)."
     rows = _rows_with_uncertainty(run)
@@ -404,10 +405,11 @@ def _plane(run: Run, method: str, tensors: Mapping[str, Tensor], ax: Axes) -> No
     if method == "pca": names = [f"PC {i} ({share:.0%} of variance)" for i, share in enumerate(detail, 1)]
     embedding(points, labels, run.outputs, garbage=k, xlabel=names[0], ylabel=names[1], ax=ax)
 
-# %% ../../nbs/inversion/06_report.ipynb #68dc102a
+# %% ../../nbs/inversion/06_report.ipynb #7ae24ae0
 def _has_features(tensors: Mapping[str, Tensor]) -> bool:
     return len(tensors.get("id_features", ())) >= 4 and "id_feature_labels" in tensors
 
+# %% ../../nbs/inversion/06_report.ipynb #68dc102a
 def _feature_pictures(run: Run, logits: Mapping[str, Mapping[str, Tensor]]) -> list[Picture]:
     logits = {state: tensors for state, tensors in logits.items() if _has_features(tensors)}
     if not logits: return []
@@ -417,15 +419,17 @@ def _feature_pictures(run: Run, logits: Mapping[str, Mapping[str, Tensor]]) -> l
         pictures.append(Picture(f"{method}.png", "features", CAPTIONS[method], draw))
     return pictures
 
-# %% ../../nbs/inversion/06_report.ipynb #629f25cb
+# %% ../../nbs/inversion/06_report.ipynb #6ac03f51
 def _file_name(name: str) -> str: return re.sub(r"[^\w.-]+", "_", name)
 
+# %% ../../nbs/inversion/06_report.ipynb #629f25cb
 def _draw_scores(name: str, tensors: Mapping[str, Tensor], ax: Axes) -> None:
     scores = garbage_log_odds(tensors["id"])
     ood = {name: garbage_log_odds(tensors[f"ood/{name}"])}
     score_histogram(scores, ood, threshold_keeping(scores, 0.95),
                     xlabel="log odds of garbage (higher = more OOD)", ax=ax)
 
+# %% ../../nbs/inversion/06_report.ipynb #76cac5fb
 def _draw_roc(tensors: Mapping[str, Tensor], ax: Axes) -> None:
     ood = {name: garbage_log_odds(z) for name, z in _ood(tensors).items()}
     roc(garbage_log_odds(tensors["id"]), ood, ax=ax)
@@ -498,27 +502,30 @@ def _html_row(cells: Sequence[str], tag: str = "td", kind: str = "") -> str:
     inside = "".join(f"<{tag}>{cell}</{tag}>" for cell in cells)
     return f'<tr class="{kind}">{inside}</tr>' if kind else f"<tr>{inside}</tr>"
 
+# %% ../../nbs/inversion/06_report.ipynb #d0cc8e6b
 def _html_table(head: Sequence[str], rows: Sequence[str], kind: str = "") -> str:
     "A table of rows from `_html_row`."
     heads = f"<thead>{_html_row(head, 'th')}</thead>" if head else ""
     table = f'<table class="{kind}">{heads}<tbody>{"".join(rows)}</tbody></table>'
     return f'<div class="wide">{table}</div>'
 
-# %% ../../nbs/inversion/06_report.ipynb #7ae24ae0
+# %% ../../nbs/inversion/06_report.ipynb #8a454d17
 def _html_image(content: bytes, caption: str) -> str:
     "A figure with the PNG inside."
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
     source = f"data:image/png;base64,{b64encode(content).decode()}"
     return f'<figure><img alt="{escape(caption)}" src="{source}">{below}</figure>'
 
+# %% ../../nbs/inversion/06_report.ipynb #f1555b33
 def _soft(text: str) -> str: return f'<p class="soft">{text}</p>'
 
-# %% ../../nbs/inversion/06_report.ipynb #d0cc8e6b
+# %% ../../nbs/inversion/06_report.ipynb #fece3e59
 def _is_worse(row: Mapping, metric: str) -> bool:
     before, after = row.get(f"{metric}_before"), row.get(f"{metric}_after")
     if before is None or after is None: return False
     return after < before if COLUMNS[metric].higher_is_better else after > before
 
+# %% ../../nbs/inversion/06_report.ipynb #00b7bf90
 def _cell(row: Mapping, metric: str) -> str:
     "before → after of one metric, and what trust intervals reach, in per cent."
     before, after, trust = (row.get(f"{metric}_{state}") for state in ("before", "after", "trust"))
@@ -578,7 +585,7 @@ def _result(rows: Sequence[dict]) -> str:
         if lines: out += _html_table(head, lines, "pairs")
     return out + _result_note(rows[0])
 
-# %% ../../nbs/inversion/06_report.ipynb #76cac5fb
+# %% ../../nbs/inversion/06_report.ipynb #12c07c4f
 def _value(value) -> str:
     "A JSON value as escaped text."
     if isinstance(value, list): return escape(", ".join(map(str, value)))
@@ -586,6 +593,7 @@ def _value(value) -> str:
 
 def _code(value) -> str: return f"<code>{_value(value)}</code>"
 
+# %% ../../nbs/inversion/06_report.ipynb #3b3ef17e
 def _listed(values: Mapping, form: str) -> str:
     "Names and values in one line, each by a format such as \"{} {:,}\"."
     return escape(", ".join(form.format(name, value) for name, value in values.items())) or "–"

@@ -55,7 +55,7 @@ def output_layer(
     model: nn.Module,
     x: Tensor, # float32, one or a few images as the model takes them
 ) -> nn.Linear: # The layer itself, not a copy
-    "The linear layer that gives the logits. Raises `NiooddError` if the last layer is another, or something follows it."
+    "The linear layer that gives the logits. Raises `NiooddError` if another layer or operation comes last."
     with eval_mode(model), torch.no_grad():
         logits, inputs = last_inputs(model, x)
         name, features = [*inputs.items()][-1]

@@ -26,7 +26,7 @@ from ..core.forward import last_inputs, logits_of
 from ..core.images import to_input
 from ..core.models import Architecture, architecture
 from ..core.training import shifted, train_epoch
-from ..posthoc.baselines import BASELINES, Fit, Scorer, baseline, vim_dimension
+from ..posthoc.baselines import BASELINES, FitData, Scorer, vim_dimension
 from ..posthoc.layerwise import LayerwiseDetector
 from ..posthoc.outputs import network_outputs
 from .loop import interleaved, machine
@@ -233,8 +233,8 @@ def usual_scores(
 TOLERANCE = 1e-3  # Largest difference of scores, over their standard deviation
 
 
-def _fit(s: Subject) -> Fit:
-    return Fit(
+def _fit(s: Subject) -> FitData:
+    return FitData(
         s.model,
         network_outputs(s.model, s.images),
         s.labels,
@@ -390,7 +390,7 @@ def layerwise_cost(
 def _names(detectors: Iterable[str] | None, subject: Subject) -> list[str]:
     "Those of `detectors` that can be compared on this network."
     for name in detectors or ():
-        if baseline(name).name not in USUAL:
+        if BASELINES[name].name not in USUAL:
             raise NiooddError(
                 f"{name} needs images, not outputs; expected one of {', '.join(USUAL)}"
             )
@@ -490,7 +490,7 @@ def bench_detectors(
             f"batches of {batch}, {rounds} rounds; expected at least 1 of each; leave them at their defaults"
         )
     for name in detectors or ():
-        baseline(name)
+        BASELINES[name]
     cuda = torch.device(device).type == "cuda"
     lines = [
         f"{machine(device)}, torch {torch.__version__}, pytorch-ood {version('pytorch-ood')}; "

@@ -12,7 +12,7 @@ import copy
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -280,7 +280,7 @@ def acceleration_row(case: Case, rounds: int = 5) -> dict:
     torch.set_num_threads(case.threads)
     ways, x = _ways(case)
     for way in ways.values(): way(x) # The first single image builds what later ones use
-    jobs = {k: _repeated(way, x, -(-8 // case.batch)) for k, way in ways.items()}
+    jobs = {k: _repeated(way, x, -(-4 // case.batch)) for k, way in ways.items()} # 4 images at least
     seconds = interleaved(jobs, rounds, limit=float("inf"), clock=time.process_time)
     return case._asdict() | dict(rounds=rounds, ratios=_ratios(seconds))
 
@@ -301,21 +301,21 @@ def learning_row(name: str, batch: int, threads: int = 1, rounds: int = 5) -> di
     return row | dict(ratios=_ratios(seconds))
 
 # %% ../../nbs/speed/01_siblings.ipynb #d018335c
-def acceleration_cases(threads: Iterable[int] = (1, 2)) -> Iterator[Case]:
-    "What `measure_accelerations` measures of siblings."
-    for t in threads:
-        for name in ("C1", "C4", FOREIGN, "C3"):
-            for members in (2, 10): yield Case(name, members, 1, t)
-        for name in ("C1", "C3"):
-            for members in (2, 10): yield Case(name, members, 64, t, "head")
-        for name in ("C1", "C4", FOREIGN, "C3"): yield Case(name, 2, 64, t)
-        for name in ("C1", "C4", FOREIGN, "C3"): yield Case(name, 10, 64, t)
-        for name in ("C1", FOREIGN, "C4", "C3"): yield Case(name, 2, 256, t)
+def acceleration_cases(threads: tuple[int, ...] = (1, 2)) -> Iterator[Case]:
+    "What `measure_accelerations` measures of siblings, the quick cases first."
+    networks = "C1", "C4", FOREIGN, "C3"
+    quick = [Case(name, members, 1) for name in networks for members in (2, 10)]
+    quick += [Case(name, members, 64, which="head") for name in ("C1", "C3") for members in (2, 10)]
+    quick += [Case(name, 2, 64) for name in networks]
+    slow = [Case(name, members, batch) for members, batch in ((10, 64), (2, 256), (10, 256)) for name in networks]
+    for cases in (quick, slow):
+        for t in threads:
+            for case in cases: yield case._replace(threads=t)
 
 def measure_accelerations(
     file: str | os.PathLike, # Written anew after each row
-    threads: Iterable[int] = (1, 2),
-    rounds: int = 5,
+    threads: tuple[int, ...] = (1, 2),
+    rounds: int = 5, # Three times as many for single images
 ) -> Path: # `file`
     """Measures each acceleration, in CPU time, and writes the rows as JSON.
 
@@ -327,8 +327,9 @@ def measure_accelerations(
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            for batch in (64, 256):
-                for name in ("C1", "C3"): keep(learning_row(name, batch))
-            for case in acceleration_cases(threads): keep(acceleration_row(case, rounds))
+            for name in ("C1", "C3"): keep(learning_row(name, 64, rounds=rounds))
+            for case in acceleration_cases(threads):
+                keep(acceleration_row(case, rounds if case.batch > 1 else 3 * rounds))
+            for name in ("C1", "C3"): keep(learning_row(name, 256, rounds=rounds))
     finally: torch.set_num_threads(before)
     return Path(file)

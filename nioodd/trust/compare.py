@@ -55,10 +55,11 @@ def score_rows(
                 rows += [row | dict(ood=k) | ood_metrics(scores[id_set], scores[k]) for k in ood_sets]
     return rows
 
-# %% ../../nbs/trust/04_compare.ipynb #b2ccdd54
+# %% ../../nbs/trust/04_compare.ipynb #bba3096e
 # Name → a score of the network alone: logits [N, K] → [N], higher = more OOD
 PLAIN_SCORES = dict(msp=msp, entropy=entropy, max_logit=max_logit, energy=energy)
 
+# %% ../../nbs/trust/04_compare.ipynb #b2ccdd54
 def plain_rows(
     logits: dict[str, Tensor], # Set → [N, K] of the network; the first set is ID
 ) -> list[dict]:
@@ -95,15 +96,17 @@ def error_change(
         first, second = torch.func.jvp(slope, (0 * one,), (one,))
     return first + second / 2
 
-# %% ../../nbs/trust/04_compare.ipynb #d220d795
+# %% ../../nbs/trust/04_compare.ipynb #ab37494a
 CHANGE_BINS = (-12.0, 6.0, 72) # Of log10 |ΔE|: lowest, highest, number
 
+# %% ../../nbs/trust/04_compare.ipynb #15733622
 def _change_histogram(changes: Tensor) -> list[int]:
     "How many |ΔE| fall into each of `CHANGE_BINS`; what lies outside goes to the ends."
     low, high, bins = CHANGE_BINS
     log = changes.abs().clamp_min(1e-300).log10() # float64's smallest numbers instead of 0
     return torch.histc(log.clamp(low, high), bins, low, high).int().tolist()
 
+# %% ../../nbs/trust/04_compare.ipynb #39b2808e
 def _changes(model: nn.Module, sigma: dict[str, Tensor], images: Tensor, seed: int) -> list[int]:
     "The histogram of ΔE of one sibling."
     sibling = Siblings(model, sigma, 1, seed, original=False).weights(0)
@@ -112,9 +115,10 @@ def _changes(model: nn.Module, sigma: dict[str, Tensor], images: Tensor, seed: i
     changes = [error_change(model, direction, as_input(part, model)) for part in images.split(250)]
     return _change_histogram(torch.cat(changes))
 
-# %% ../../nbs/trust/04_compare.ipynb #a219e2b0
+# %% ../../nbs/trust/04_compare.ipynb #45c97e91
 _QUANTILES_OF = 100_000 # Numbers at most that quantiles are of
 
+# %% ../../nbs/trust/04_compare.ipynb #a219e2b0
 def _describe_intervals(model: nn.Module, sigma: dict[str, Tensor], n: int = 24) -> dict[str, dict]:
     "Of each parameter: its scale, 21 quantiles of σ ÷ scale, and `n` evenly spaced weights and σ."
     weights, scale, found = dict(model.named_parameters()), scales(model, norm=True), {}
@@ -188,7 +192,7 @@ def _noises(detector: TrustIntervalDetector, shares: tuple[float, ...]) -> dict[
     for share in shares: noises[f"untrained {share:g}"] = untrained(share)
     return noises
 
-# %% ../../nbs/trust/04_compare.ipynb #5b968b94
+# %% ../../nbs/trust/04_compare.ipynb #d220d795
 def _siblings_of(
     detector: TrustIntervalDetector, sigma: dict[str, Tensor], options: CompareOptions,
 ) -> TrustIntervalDetector:
@@ -196,6 +200,7 @@ def _siblings_of(
     return TrustIntervalDetector(detector.model, sigma, n=1 + options.pool, seed=options.seed,
                                  distribution=detector.distribution, n_known=detector.n_known)
 
+# %% ../../nbs/trust/04_compare.ipynb #5b968b94
 def _add_noise(
     result: dict, # Of `compare`; gets the rows, accuracies and changes of one kind of noise
     noise: str, # Its name
@@ -249,12 +254,13 @@ def compare(
     if out is not None: write_atomic(out, json.dumps(result) + "\n")
     return result
 
-# %% ../../nbs/trust/04_compare.ipynb #41a44c38
+# %% ../../nbs/trust/04_compare.ipynb #4c3e7121
 def _mean_and_spread(values: list[float]) -> str:
     "The cell of a table: mean ± standard deviation, or the one value."
     v = torch.tensor(values)
     return f"{v.mean():8.2f}" + (f" ± {v.std():5.2f}" if len(v) > 1 else " " * 8)
 
+# %% ../../nbs/trust/04_compare.ipynb #41a44c38
 def format_comparison(
     result: dict, # Of `compare`
     metric: str = "fpr95_id_positive", # Of the rows

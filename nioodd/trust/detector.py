@@ -81,12 +81,13 @@ def drawn_siblings(self: TrustIntervalDetector) -> Siblings:
     raise NiooddError("this TrustIntervalDetector has no intervals; expected σ by parameter name; "
                       "pass sigma=TrustIntervals(model).sigma() after fit")
 
-# %% ../../nbs/trust/03_detector.ipynb #c8f76314
+# %% ../../nbs/trust/03_detector.ipynb #07c4cdf7
 @patch
 def learnt(self: TrustIntervalDetector) -> dict[str, Tensor]:
     "σ by parameter name."
     return dict(self.drawn_siblings().sigma)
 
+# %% ../../nbs/trust/03_detector.ipynb #c8f76314
 @patch
 def restore(self: TrustIntervalDetector, tensors: dict[str, Tensor]) -> None: # σ by parameter name
     "Draws the siblings anew. σ of another architecture raises `NiooddError`."
@@ -164,7 +165,7 @@ def save(self: TrustIntervalDetector, folder: str | os.PathLike) -> Path:
     self.check_fresh()
     return Detector.save(self, folder)
 
-# %% ../../nbs/trust/03_detector.ipynb #8c2e2df1
+# %% ../../nbs/trust/03_detector.ipynb #87e93137
 @patch
 def verdict(self: TrustIntervalDetector, x: Tensor) -> dict[str, Tensor]: # Images [B, C, H, W]
     """What to tell a user of each image, all [B], as of `Detector.verdict_of`.
@@ -172,6 +173,7 @@ def verdict(self: TrustIntervalDetector, x: Tensor) -> dict[str, Tensor]: # Imag
     `label` is the network's own; `uncertainty` is U of the siblings' mean."""
     return self.verdict_of_siblings(self.sibling_logits(x))
 
+# %% ../../nbs/trust/03_detector.ipynb #765ead81
 @patch
 def verdict_of_siblings(self: TrustIntervalDetector, logits: Tensor) -> dict[str, Tensor]: # [S, B, K]
     "The verdict by the logits of all siblings; see `verdict`."

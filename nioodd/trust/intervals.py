@@ -179,9 +179,10 @@ def neg_norm(ratios: Iterable[Tensor]) -> Tensor:
     "R = −√(mean r²)."
     return -mean_over_weights(torch.square, ratios).sqrt()
 
-# %% ../../nbs/trust/02_intervals.ipynb #a41c30a7
+# %% ../../nbs/trust/02_intervals.ipynb #562d5ff6
 _TABLE_SIZE = 1 << 23 # Numbers; or twice as many as the largest parameter has
 
+# %% ../../nbs/trust/02_intervals.ipynb #a41c30a7
 @lru_cache(maxsize=2)
 def _noise_table(distribution: str, size: int, device: torch.device) -> Tensor:
     "float32 [size] numbers of a distribution, always the same."
@@ -209,11 +210,12 @@ def _inverse_softplus(sigma: Tensor) -> Tensor:
     "ρ for which softplus(ρ) is `sigma`."
     return sigma + torch.log(-torch.expm1(-sigma))
 
-# %% ../../nbs/trust/02_intervals.ipynb #5be496bf
+# %% ../../nbs/trust/02_intervals.ipynb #19e06ef8
 def _plain_numbers(options: dict) -> dict:
     "The options with Python's numbers in place of NumPy's, as JSON can hold them."
     return {k: v.item() if isinstance(v, np.generic) else v for k, v in options.items()}
 
+# %% ../../nbs/trust/02_intervals.ipynb #5be496bf
 def _and_more(names: list[str], n: int = 4, separator: str = ", ") -> str:
     "The first `n` of `names` in one line, and how many more there are."
     more = f" and {len(names) - n} more" if len(names) > n else ""
@@ -256,6 +258,7 @@ def _rho_of(self: TrustIntervals, share: float) -> dict[str, float]:
     "ρ of a σ that is `share` of its layer's scale."
     return {k: _inverse_softplus(torch.tensor(share * s)).item() for k, s in self.scale.items()}
 
+# %% ../../nbs/trust/02_intervals.ipynb #8c225d07
 @patch
 def sigma(self: TrustIntervals) -> dict[str, Tensor]:
     "σ of each parameter that has an interval, in its shape."
@@ -267,6 +270,7 @@ def regulariser(self: TrustIntervals, name: str = "neg_log") -> float:
     "R of these intervals, by its name in `REGULARISERS`."
     return REGULARISERS[name](s.div_(self.scale[k]) for k, s in self.sigma().items()).item()
 
+# %% ../../nbs/trust/02_intervals.ipynb #0d759bd7
 @patch
 def siblings(self: TrustIntervals, n: int = 2, seed: int = 0, original: bool = True) -> Siblings:
     "`n` networks drawn from the intervals. With `original`, the first is the network itself."
@@ -292,9 +296,10 @@ class LearningOptions:
         check_options(self)
         REGULARISERS[self.regulariser] # Raises an error for an unknown one
 
-# %% ../../nbs/trust/02_intervals.ipynb #fbf57437
+# %% ../../nbs/trust/02_intervals.ipynb #46e9f23c
 def _kind(t: Tensor) -> str: return f"{str(t.dtype).removeprefix('torch.')} on {t.device}"
 
+# %% ../../nbs/trust/02_intervals.ipynb #fbf57437
 def _check_kinds(trust: TrustIntervals) -> None:
     "Raise `NiooddError` if the network was converted since the intervals were made."
     own = dict(trust.model.named_parameters())
@@ -451,9 +456,10 @@ def labelled(
     x = as_input(batch[0], model)
     return x, _check_labels(batch[1].to(x.device), len(x), n_outputs)
 
-# %% ../../nbs/trust/02_intervals.ipynb #07ee23af
+# %% ../../nbs/trust/02_intervals.ipynb #05c6e0f3
 _REAL_FALL = 0.9 # ΣVar has fallen when it is below this share of its peak
 
+# %% ../../nbs/trust/02_intervals.ipynb #07ee23af
 def why_stop(
     checks: list[tuple[float, float]], # Held-out NLL in nats and ΣVar of each check so far
     patience: int = 3, # Checks in a row
@@ -490,9 +496,10 @@ def check(self: TrustIntervals,
                 original_accuracy=right[0].item(), sibling_accuracy=right[1:].mean().item(),
                 strength=strength(self.model, siblings.sigma))
 
-# %% ../../nbs/trust/02_intervals.ipynb #9536b419
+# %% ../../nbs/trust/02_intervals.ipynb #e02b28d9
 _WATCHED = 1000 # Images of the loader that are watched, where no images were held out
 
+# %% ../../nbs/trust/02_intervals.ipynb #a419b1a7
 def _pair_in_batches(images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
     if len(images) == len(labels): return zip(images.split(500), labels.split(500))
     raise NiooddError(f"held_out has {len(images)} images and {len(labels)} labels; "
@@ -577,9 +584,10 @@ def _warn_of_unused(trust: TrustIntervals, x: Tensor) -> None:
                   "their intervals only grow, and count in "
                   "the strength; take these layers out of the network", stacklevel=4)
 
-# %% ../../nbs/trust/02_intervals.ipynb #a419b1a7
+# %% ../../nbs/trust/02_intervals.ipynb #6bdb6977
 ACCURACY_TO_LOSE = 0.003 # Share of accuracy that siblings may lose without a warning
 
+# %% ../../nbs/trust/02_intervals.ipynb #fb9745c9
 def _warn_of_lost_accuracy(row: dict, lambda2: float) -> None:
     "Warn if siblings are worse than the network by more than `ACCURACY_TO_LOSE`."
     lost = row["original_accuracy"] - row["sibling_accuracy"]
@@ -676,7 +684,7 @@ def _check_complete(learning: _Learning, tensors: dict[str, Tensor], n: int) -> 
                           "expected all that a learning keeps; "
                           "delete it to begin anew")
 
-# %% ../../nbs/trust/02_intervals.ipynb #fb9745c9
+# %% ../../nbs/trust/02_intervals.ipynb #d5c77e8e
 def _go_on(learning: _Learning) -> None:
     """Put `learning` where its checkpoint left it.
 
@@ -698,6 +706,7 @@ def _go_on(learning: _Learning) -> None:
                           "expected the same; "
                           "give it, or another folder")
 
+# %% ../../nbs/trust/02_intervals.ipynb #ba12e61b
 _SAME_NLL = 1e-4 # Nats; siblings that are run together may differ by rounding
 
 # %% ../../nbs/trust/02_intervals.ipynb #2ffd9da4

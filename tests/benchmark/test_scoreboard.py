@@ -15,7 +15,7 @@ from nioodd.benchmark.scoreboard import (
     PAPER2,
     TABLES,
     Cell,
-    Study,
+    TrainedNetwork,
     absent,
     add_rows,
     better,
@@ -65,9 +65,9 @@ def test_rows_say_what_was_measured(go, models, tmp_path):
     assert [cell_of(r) for r in rows] == todo
     kept = load_tensors(tmp_path / "work/scores/C1-seed0/energy.safetensors")[0]
     assert {k: rows[0][k] for k in ood_metrics([0], [1])} == ood_metrics(kept["id"], kept["letters"])
-    study = Study(models / "C1-seed0", tmp_path / "work", images=200)
-    assert rows[0]["weights"] == study.weights
-    assert rows[0]["images"] == study.hash("letters")
+    network = TrainedNetwork(models / "C1-seed0", tmp_path / "work", images=200)
+    assert rows[0]["weights"] == network.weights
+    assert rows[0]["images"] == network.fingerprint_of("letters")
     assert rows[0]["id"] == "digits5k"
     assert rows[0]["n_id"] == rows[0]["n_ood"] == 200
     assert json.loads((tmp_path / "out/C1-seed0.model.json").read_text())["accuracy"] == load_classifier(models / "C1-seed0")[1]["accuracy"]
@@ -199,15 +199,15 @@ def test_svhn_and_cifar100_rows_run_when_the_root_has_them(tmp_path, monkeypatch
 
 
 def test_every_table_names_sets_there_are(tmp_path, models):
-    study = Study(models / "C1-seed0", tmp_path, images=20)
+    network = TrainedNetwork(models / "C1-seed0", tmp_path, images=20)
     for table in TABLES.values():
         assert table.keys() == RECIPES.keys()
     for ood in {o for t in ("stress", "validation") for o in TABLES[t]["C1"]} | {"gaussian", "gaussian-like"}:
-        x = study.images(ood)
+        x = network.images(ood)
         assert len(x) and x.shape[1:] == (1, 14, 14) and x.dtype == (torch.float32
                                                                      if ood.startswith("fgsm") else torch.uint8), ood
     assert not set(TABLES["validation"]["C1"]) & set(TABLES["paper2"]["C1"])
-    with pytest.raises(NiooddError, match="image set"): study.images("leters")
+    with pytest.raises(NiooddError, match="image set"): network.images("leters")
 
 
 def test_papers_figures():

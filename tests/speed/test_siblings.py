@@ -53,7 +53,7 @@ def test_report():
 
 def test_report_names_its_command(capsys):
     assert main(["bench", "trust", "--members", "2", "--batches", "1", "--seconds", "0"]) == 0
-    command = "nioodd bench trust --cells C1 --members 2 --batches 1 --seconds 0, commit "
+    command = "nioodd bench trust --networks C1 --members 2 --batches 1 --seconds 0, commit "
     assert capsys.readouterr().out.startswith(command)
     assert main(["bench", "trust", "--batches", "1,many"]) == 2
     assert "--batches is '1,many'; expected whole numbers" in capsys.readouterr().err
@@ -84,10 +84,10 @@ def test_learning_without_folding_is_the_same_step():
 
 def test_rows_are_kept_as_they_come(tmp_path, monkeypatch):
     monkeypatch.setattr("nioodd.speed.siblings.acceleration_cases", lambda threads: iter([Case("C1", 2, 1)]))
-    monkeypatch.setattr("nioodd.speed.siblings.learning_row", lambda *a: dict(network=a[0], which="learning"))
+    monkeypatch.setattr("nioodd.speed.siblings.learning_row", lambda *a, **k: dict(network=a[0], which="learning"))
     threads = torch.get_num_threads()
     found = json.loads(measure_accelerations(tmp_path/"a.json", rounds=2).read_text())
-    assert [r["network"] for r in found["rows"]] == ["C1", "C3", "C1", "C3", "C1"] and found["commit"]
+    assert [r["network"] for r in found["rows"]] == ["C1", "C3", "C1", "C1", "C3"] and found["commit"]
     assert torch.get_num_threads() == threads
 
 
