@@ -218,12 +218,12 @@ class Detector(pytorch_ood.api.Detector):
         model: nn.Module, # Images → logits [B, K]; used in eval mode, left in the mode it is in
         threshold: float | None = None, # A score above it is OOD; None: not set yet
         classes: list[str] | None = None, # Names of the known classes; None: "0", "1", ...
-        n_known: int | None = None, # The first so many outputs are known classes; None: as many as names, or all
+        n_known: int | None = None, # The first so many outputs are known classes; None: all
     ):
         self.model, self.threshold = model, threshold
         self.classes = list(classes) if classes is not None else None
-        self.n_known = len(classes) if n_known is None and classes is not None else n_known
-        if classes is not None and len(classes) != self.n_known:
+        self.n_known = n_known
+        if None not in (classes, n_known) and len(classes) != n_known:
             raise NiooddError(f"{len(classes)} class names for n_known={n_known}; "
                               "expected one for each known class")
         self.calibration: Tensor | None = None # float64 [n], ascending: scores of held-out ID images
@@ -349,6 +349,15 @@ def is_ood(self: Detector, x: Tensor, false_alarms: float | None = None) -> Tens
     self.threshold_at(false_alarms) # Before the network runs
     return self.rejects(self.predict(x), false_alarms)
 
+# %% ../../nbs/core/12_detector.ipynb #7563851c
+@patch
+def check_outputs(self: Detector, outputs: int) -> None:
+    "Raise `NiooddError` unless the known classes and their names fit a network with so many outputs."
+    known = outputs if self.n_known is None else self.n_known
+    if known <= outputs and (self.classes is None or len(self.classes) == known): return
+    raise NiooddError(f"n_known is {self.n_known} and there are {len(self.classes or ())} class names, but the network "
+                      f"has {outputs} outputs; expected a name for each known class, and no more classes than outputs")
+
 # %% ../../nbs/core/12_detector.ipynb #a87fcc64
 @patch
 def logits_and_scores(self: Detector, x: Tensor) -> tuple[Tensor, Tensor]: # [B, C, H, W] → [B, K], [B]
@@ -367,6 +376,7 @@ def verdict_of(self: Detector,
 ) -> dict[str, Tensor]: # All [B]
     """`label` int64, the likeliest known class; `uncertainty` float64 in [0, 1], U over the known classes;
     `p_value` float64 in (0, 1], where there is a calibration; `score`; `ood` bool."""
+    self.check_outputs(logits.shape[1])
     known = logits[:, :self.n_known]
     verdict = dict(label=known.argmax(1), uncertainty=uncertainty(known))
     if self.calibration is not None: verdict["p_value"] = self.p_values(scores)
@@ -417,7 +427,7 @@ def save(self: Detector, folder: str | os.PathLike) -> Path:
 def detector_class(base: type, name: str) -> type:
     "`base` or the subclass of it that is called `name`. Raises `NiooddError` if there is none."
     if name == base.__name__: return base
-    getattr(importlib.import_module("nioodd"), name, None) # Imports one of ours
+    if name not in DETECTORS: getattr(importlib.import_module("nioodd"), name, None) # Imports one of ours
     known = {k: c for k, c in DETECTORS.items() if issubclass(c, base)}
     if name not in known: raise unknown("kind of detector", name, known)
     return known[name]

@@ -31,6 +31,7 @@ class GarbageDetector(Detector):
         threshold: float | None = None, # A score above it is OOD; None: not set yet
         classes: list[str] | None = None, # Names of the n known classes; None: "0", "1", ...
     ):
+        if n_known is None and classes is not None: n_known = len(classes)
         super().__init__(model, threshold, classes, n_known)
         if isinstance(model, Classifier): self._check_outputs(model.arguments["n_outputs"])
 

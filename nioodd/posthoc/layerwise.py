@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENDS', 'ROUNDING', 'SUBSPACE_IMAGES', 'SUBSPACE_BYTES', 'listening_posts', 'directions', 'read_directions',
-           'prototypes', 'subspace', 'Bank', 'layer_scores', 'Surprise', 'LayerwiseDetector', 'learn_banks',
-           'check_known']
+           'prototypes', 'subspace', 'Bank', 'layer_scores', 'Surprise', 'LayerwiseDetector', 'learn_banks']
 
 # %% ../../nbs/posthoc/02_layerwise.ipynb #6bb73890
 import math
@@ -184,7 +183,7 @@ class LayerwiseDetector(Detector):
         model: nn.Module, # Images → logits [B, K]; used in eval mode, left in the mode it is in
         threshold: float | None = None, # A score above it is OOD; None: not set yet
         classes: list[str] | None = None, # Names of the known classes; None: "0", "1", ...
-        n_known: int | None = None, # Outputs that are known classes; None: one for each name, or all
+        n_known: int | None = None, # Outputs that are known classes; None: all
     ):
         super().__init__(model, threshold, classes, n_known)
         self.banks: dict[str, Bank] = {} # By layer and kind: `body.3 where`
@@ -277,14 +276,6 @@ def learn_banks(
     known = {name: prototypes(u, n).half().float() for name, u in within.items()} # Rounded as they are saved
     return {name: Bank(basis.double(), known[name]) for name, basis in bases.items()}
 
-# %% ../../nbs/posthoc/02_layerwise.ipynb #9f046abe
-def check_known(detector: LayerwiseDetector, outputs: int) -> None:
-    "Raise `NiooddError` unless the detector's known classes fit a network with so many outputs."
-    if detector.n_known is None or 2 <= detector.n_known <= outputs: return
-    raise NiooddError(f"the detector has n_known={detector.n_known}, but the network has {outputs} outputs; "
-                      f"expected 2 to {outputs} known classes, with a name for each; "
-                      "leave classes and n_known out for all")
-
 # %% ../../nbs/posthoc/02_layerwise.ipynb #65c70470
 @patch
 def learn(self: LayerwiseDetector,
@@ -309,7 +300,7 @@ def learn(self: LayerwiseDetector,
     if min(len(train), bank, dimensions, n) < 2:
         raise NiooddError(f"{len(train)} images, bank={bank}, dimensions={dimensions}, n={n}; "
                           "expected at least 2 of each, better some thousands of images; pass more")
-    check_known(self, logits_of(self.model, train[:2]).shape[1])
+    self.check_outputs(logits_of(self.model, train[:2]).shape[1])
     first, second = held_out.tensor_split(2)
     with tqdm(total=len(train[:n]) + len(first), desc="layerwise", unit="image", disable=not progress) as bar:
         banks = learn_banks(self.model, train[:n], bank, dimensions, seed, bar.update)

@@ -43,19 +43,22 @@ def monte_carlo(
     dnn_to_bnn(bayesian, dict(prior, type="Reparameterization", moped_enable=False, moped_delta=0.1))
     return bayesian.to(next(model.parameters()).device).eval()
 
-# %% ../../nbs/speed/01_siblings.ipynb #808b9d93
+# %% ../../nbs/speed/01_siblings.ipynb #d6ad6116
 Answer = Callable[[Tensor], object] # Images [B, C, H, W] → S answers
 
+# %% ../../nbs/speed/01_siblings.ipynb #a9aa1b9b
 def _times(network: nn.Module, n: int) -> Answer:
     "`network`, called `n` times on the same images."
     def answer(x: Tensor) -> list: return [network(x) for _ in range(n)]
     return answer
 
+# %% ../../nbs/speed/01_siblings.ipynb #808b9d93
 def channels_last(t: Tensor | nn.Module): # In that layout
     "A network, or images, in the channels-last layout."
     if isinstance(t, nn.Module): return copy.deepcopy(t).to(memory_format=torch.channels_last)
     return t.clone(memory_format=torch.channels_last) if t.ndim == 4 else t
 
+# %% ../../nbs/speed/01_siblings.ipynb #35c5174d
 def _all_channels_last(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: channels_last(w) for k, w in weights.items()}
 
@@ -97,13 +100,15 @@ def images_for(name: str, n: int, device: str | torch.device = "cpu") -> Tensor:
     a = architecture(name).arguments
     return torch.rand(n, a["channels"], a["size"], a["size"], device=device) * 2 - 1
 
-# %% ../../nbs/speed/01_siblings.ipynb #e8d9835f
+# %% ../../nbs/speed/01_siblings.ipynb #3fd54ffa
 IMAGES_A_ROUND = 64 # At least; smaller batches run several times over
 
+# %% ../../nbs/speed/01_siblings.ipynb #595af8b2
 def _repeated(way: Answer, x: Tensor, times: int) -> Job:
     def job() -> list: return [way(x) for _ in range(times)]
     return job
 
+# %% ../../nbs/speed/01_siblings.ipynb #e8d9835f
 @torch.no_grad()
 def race(
     name: str, # Of the architecture
@@ -125,6 +130,7 @@ def race(
         found.append(Race(name, members, batch, seconds))
     return found
 
+# %% ../../nbs/speed/01_siblings.ipynb #4f46b595
 def _divided(numbers: list[float], by: int) -> list[float]: return [t / by for t in numbers]
 
 # %% ../../nbs/speed/01_siblings.ipynb #2b482bd1
@@ -184,6 +190,7 @@ def _exactness_line(name: str, device: str | torch.device) -> str:
     size = n_parameters(architecture(name))
     return f"{name} ({size:,} parameters): siblings {siblings:.0e}, memory layout alone {layout:.0e}"
 
+# %% ../../nbs/speed/01_siblings.ipynb #789d297b
 def _learning_line(name: str, batch: int, seconds: dict[str, list[float]]) -> str:
     ms = {k: 1e3 * median(v) for k, v in seconds.items()}
     def ratio(to: str) -> float: return median(a / b for a, b in zip(seconds["intervals"], seconds[to]))
@@ -269,6 +276,7 @@ def _ways(case: Case) -> tuple[dict[str, Answer], Tensor]:
     last = channels_last(model)
     return ways | {"one by one": one_by_one}, x
 
+# %% ../../nbs/speed/01_siblings.ipynb #9b9a3e31
 def _ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
     "Median over the rounds of each way's time over that of `all`."
     def over_all(way: str) -> float: return median(a / b for a, b in zip(seconds[way], seconds["all"]))
@@ -284,11 +292,12 @@ def acceleration_row(case: Case, rounds: int = 5) -> dict:
     seconds = interleaved(jobs, rounds, limit=float("inf"), clock=time.process_time)
     return case._asdict() | dict(rounds=rounds, ratios=_ratios(seconds))
 
-# %% ../../nbs/speed/01_siblings.ipynb #789d297b
+# %% ../../nbs/speed/01_siblings.ipynb #c7017fb3
 class _Unfolded(TrustIntervals):
     "Intervals that are learnt on the network as it is."
     def learning_network(self, x: Tensor) -> Fused: return Fused(self.model, {})
 
+# %% ../../nbs/speed/01_siblings.ipynb #d018335c
 def learning_row(name: str, batch: int, threads: int = 1, rounds: int = 5) -> dict:
     "How many times as long a step of learning takes without folding batch norms, in CPU time."
     torch.set_num_threads(threads)
@@ -300,7 +309,7 @@ def learning_row(name: str, batch: int, threads: int = 1, rounds: int = 5) -> di
     row = dict(network=name, batch=batch, threads=threads, which="learning", rounds=rounds)
     return row | dict(ratios=_ratios(seconds))
 
-# %% ../../nbs/speed/01_siblings.ipynb #d018335c
+# %% ../../nbs/speed/01_siblings.ipynb #92c3f60c
 def acceleration_cases(threads: tuple[int, ...] = (1, 2)) -> Iterator[Case]:
     "What `measure_accelerations` measures of siblings, the quick cases first."
     networks = "C1", "C4", FOREIGN, "C3"
@@ -312,6 +321,7 @@ def acceleration_cases(threads: tuple[int, ...] = (1, 2)) -> Iterator[Case]:
         for t in threads:
             for case in cases: yield case._replace(threads=t)
 
+# %% ../../nbs/speed/01_siblings.ipynb #cf80ebd0
 def measure_accelerations(
     file: str | os.PathLike, # Written anew after each row
     threads: tuple[int, ...] = (1, 2),

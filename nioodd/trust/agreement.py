@@ -33,6 +33,7 @@ def log_probabilities(
     largest = log_p.amax(0)
     return log_p, _complete(largest + (log_p - largest).exp().mean(0).log())
 
+# %% ../../nbs/trust/00_agreement.ipynb #5ec62284
 def _complete(log_mu: Tensor) -> Tensor: # [N, K] → [N, K]
     "The largest log μ of each row becomes log(1 − the others), which loses no digits where μ is near 1."
     top = log_mu.argmax(1, keepdim=True)
@@ -43,11 +44,12 @@ def _complete(log_mu: Tensor) -> Tensor: # [N, K] → [N, K]
 # Name → a function from siblings' logits [S, N, K] to scores float64 [N], higher = more OOD
 MEASURES: dict[str, Callable[[Tensor], Tensor]] = Registry("measure")
 
-# %% ../../nbs/trust/00_agreement.ipynb #5ec62284
+# %% ../../nbs/trust/00_agreement.ipynb #a723143c
 def _mean_and_log_ratios(logits: Tensor) -> tuple[Tensor, Tensor]: # μ [N, K] and log r [S, N, K], float64
     log_p, log_mu = log_probabilities(logits)
     return log_mu.exp(), log_p - log_mu
 
+# %% ../../nbs/trust/00_agreement.ipynb #edb4885c
 def class_dispersion(
     logits: Tensor, # [S, N, K]
 ) -> Tensor: # float64 [N, K] in [0, (S − 1)·μ]

@@ -51,7 +51,7 @@ class TrustIntervalDetector(Detector):
         distribution: str | None = None, # Of ε; None: that of the intervals, or gaussian
         threshold: float | None = None, # A score above it is OOD; None: not set yet
         classes: list[str] | None = None, # Names of the known classes; None: "0", "1", ...
-        n_known: int | None = None, # Known classes, the first outputs; None: one for each name, or all
+        n_known: int | None = None, # Known classes, the first outputs; None: all
     ):
         super().__init__(model, threshold, classes, n_known)
         check_count("n", n, 2, "agreement is between siblings")
@@ -114,11 +114,9 @@ def predict_logits(self: TrustIntervalDetector,
 ) -> Tensor: # float64 [B]
     """Scores from the siblings' logits, of the known classes only.
 
-    Raises `NiooddError` if there are fewer outputs than those."""
-    outputs = logits.shape[-1]
-    if (self.n_known or 0) <= outputs: return self.measure_of(logits[..., :self.n_known])
-    raise NiooddError(f"n_known is {self.n_known}, but the network has {outputs} outputs; "
-                      "expected an output for each known class")
+    Raises `NiooddError` if they or their names do not fit the outputs."""
+    self.check_outputs(logits.shape[-1])
+    return self.measure_of(logits[..., :self.n_known])
 
 # %% ../../nbs/trust/03_detector.ipynb #c0111745
 @patch

@@ -59,13 +59,14 @@ class Operations:
         node.replace_all_uses_with(node.all_input_nodes[0])
         self.graph.erase_node(node)
 
-# %% ../../nbs/trust/00_fast_siblings.ipynb #e2d7c840
+# %% ../../nbs/trust/00_fast_siblings.ipynb #9ab36a47
 CONVOLUTION_BEFORE = {
     nn.BatchNorm1d: nn.Conv1d,
     nn.BatchNorm2d: nn.Conv2d,
     nn.BatchNorm3d: nn.Conv3d,
 }
 
+# %% ../../nbs/trust/00_fast_siblings.ipynb #e2d7c840
 def _is_foldable(operations: Operations, node: fx.Node) -> bool:
     "Whether `node` is a batch norm that alone reads a convolution, each of them called once."
     before = node.all_input_nodes[0] if node.all_input_nodes else None
@@ -74,9 +75,10 @@ def _is_foldable(operations: Operations, node: fx.Node) -> bool:
     called_once = operations.calls[before.target] == operations.calls[node.target] == 1
     return called_once and list(before.users) == [node]
 
-# %% ../../nbs/trust/00_fast_siblings.ipynb #4595d798
+# %% ../../nbs/trust/00_fast_siblings.ipynb #c434d318
 Pairs = list[tuple[str, str]] # Names of convolutions and of the batch norms behind them
 
+# %% ../../nbs/trust/00_fast_siblings.ipynb #0bb9ab9c
 def remove_norms(operations: Operations) -> Pairs:
     "Takes the batch norms that can be folded out of the graph, and says which and into what."
     pairs = []
@@ -86,6 +88,7 @@ def remove_norms(operations: Operations) -> Pairs:
         operations.skip(node)
     return pairs
 
+# %% ../../nbs/trust/00_fast_siblings.ipynb #e8821a1d
 def fold(network: nn.Module, pairs: Pairs) -> None:
     "Multiplies each batch norm into its convolution, which is replaced in `network`."
     for conv, norm in pairs:
@@ -110,6 +113,7 @@ def varying_operations(
         if reads_noisy or reads_varying or n.op == "output": found[n] = None
     return list(found)
 
+# %% ../../nbs/trust/00_fast_siblings.ipynb #8bfcae4a
 def _has_one_of(module: nn.Module, ids: set[int]) -> bool:
     return any(id(p) in ids for p in module.parameters())
 
@@ -139,9 +143,10 @@ def sibling(
         table[id(own[name])] = nn.Parameter(w, requires_grad=False)
     return copy.deepcopy(model, table).eval()
 
-# %% ../../nbs/trust/00_fast_siblings.ipynb #e0a056dd
+# %% ../../nbs/trust/00_fast_siblings.ipynb #3c5c44d7
 ACCELERATIONS = ("fold norms", "share trunk", "side by side", "pack weights")
 
+# %% ../../nbs/trust/00_fast_siblings.ipynb #e0a056dd
 class Stacked:
     """S siblings of `model` that run together: images float [B, C, H, W] → logits [S, B, K].
 
@@ -167,12 +172,13 @@ class Stacked:
         parts = batches(self.networks, x, run=self._logits)
         return torch.cat([self._logits(part) for part in parts], 1)
 
-# %% ../../nbs/trust/00_fast_siblings.ipynb #e8821a1d
+# %% ../../nbs/trust/00_fast_siblings.ipynb #95eadf0d
 @patch
 def _logits(self: Stacked, x: Tensor) -> Tensor: # [B, C, H, W] → [S, B, K]
     shared = self._trunk_results(x)
     return torch.stack([branch(*shared) for branch in self.branches])
 
+# %% ../../nbs/trust/00_fast_siblings.ipynb #903c39c8
 @patch
 def _trunk_results(self: Stacked, x: Tensor) -> tuple[Tensor, ...]: # What the trunk hands to the branches
     return self.trunk(x.clone(memory_format=torch.channels_last) if x.ndim == 4 else x)
@@ -222,9 +228,10 @@ class _SideBySideConv(nn.Conv2d):
             self._convolve_packed(x)
         except (AttributeError, TypeError, RuntimeError): self.packed = None
 
-# %% ../../nbs/trust/00_fast_siblings.ipynb #71ce5474
+# %% ../../nbs/trust/00_fast_siblings.ipynb #b09c8946
 def _constant(t: Tensor) -> nn.Parameter: return nn.Parameter(t, requires_grad=False)
 
+# %% ../../nbs/trust/00_fast_siblings.ipynb #71ce5474
 def _joint_conv(layers: list[nn.Conv2d], shared: bool) -> _SideBySideConv:
     "The convolutions of S siblings as one: [1, S·C, H, W], or `shared` [1, C, H, W], → [1, S·C', H', W']."
     c, n = layers[0], len(layers)
@@ -253,9 +260,10 @@ class _JointLinear(nn.Module):
         rows = x.expand(self.n, -1)[:, None] # [S, 1, K]
         return torch.baddbmm(self.bias, rows, self.weight)[:, 0]
 
-# %% ../../nbs/trust/00_fast_siblings.ipynb #a421787b
+# %% ../../nbs/trust/00_fast_siblings.ipynb #833ca203
 SAME, MAPS, ROWS = "the same for all", "maps side by side", "a row each"
 
+# %% ../../nbs/trust/00_fast_siblings.ipynb #a421787b
 _PER_CHANNEL = {
     nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
     F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
@@ -280,6 +288,7 @@ def _gives_rows(operations: Operations, node: fx.Node) -> bool:
     if kind not in (torch.mean, "mean") or len(node.args) != 2: return False
     return node.args[1] in ((2, 3), [2, 3], (-2, -1), [-2, -1])
 
+# %% ../../nbs/trust/00_fast_siblings.ipynb #3125ae02
 def _reads_two(node: fx.Node) -> bool: return [type(a) for a in node.args] == [fx.Node, fx.Node]
 
 # %% ../../nbs/trust/00_fast_siblings.ipynb #e49ea8a4
@@ -347,7 +356,7 @@ def side_by_side(stacked: Stacked) -> fx.GraphModule: # What the trunk gives of 
     for node in operations: builder.add(node)
     return builder.finish(output)
 
-# %% ../../nbs/trust/00_fast_siblings.ipynb #bd142682
+# %% ../../nbs/trust/00_fast_siblings.ipynb #4595d798
 @patch
 def _of_one_image(self: Stacked, x: Tensor) -> Tensor: # [1, C, H, W] → [S, 1, K]
     if self.together is not None: return self.together(*self._trunk_results(x))[:, None]
@@ -355,6 +364,7 @@ def _of_one_image(self: Stacked, x: Tensor) -> Tensor: # [1, C, H, W] → [S, 1,
     if self.untried and z.isfinite().all(): self._try_side_by_side(x, z) # NaN could not tell
     return z
 
+# %% ../../nbs/trust/00_fast_siblings.ipynb #bd142682
 @patch
 def _try_side_by_side(self: Stacked, x: Tensor, expected: Tensor) -> None:
     "Keeps the siblings side by side if that gives `expected` for `x`."
@@ -368,12 +378,13 @@ def _try_side_by_side(self: Stacked, x: Tensor, expected: Tensor) -> None:
         if torch.allclose(found, expected, rtol=0, atol=tolerance): self.together = network
     except Exception: pass # NotImplementedError, or what an operation raises on an unexpected shape
 
-# %% ../../nbs/trust/00_fast_siblings.ipynb #487a570f
+# %% ../../nbs/trust/00_fast_siblings.ipynb #60e9fee4
 class Fused(NamedTuple):
     "A network that does less for the same logits. Made by `fused`."
     network: nn.Module # In eval mode; its noisy parameters have the names they had
     factor: dict[str, Tensor] # Name → what to multiply changes of this parameter by; absent: 1
 
+# %% ../../nbs/trust/00_fast_siblings.ipynb #487a570f
 def _factors(model: nn.Module, pairs: Pairs) -> dict[str, Tensor]:
     "What folding multiplies the weights and biases of convolutions by."
     found = {}
@@ -385,6 +396,7 @@ def _factors(model: nn.Module, pairs: Pairs) -> dict[str, Tensor]:
         if c.bias is not None: found[f"{conv}.bias"] = a
     return found
 
+# %% ../../nbs/trust/00_fast_siblings.ipynb #cb5916b5
 def _folded(model: nn.Module) -> Fused:
     operations = Operations(model)
     pairs = remove_norms(operations)

@@ -26,18 +26,22 @@ from .fast_siblings import Stacked
 # Name → a function (NumPy random generator, shape) → ε of that shape, with standard deviation 1, but see cauchy
 DISTRIBUTIONS = Registry("distribution")
 
-# %% ../../nbs/trust/01_siblings.ipynb #054e7479
+# %% ../../nbs/trust/01_siblings.ipynb #403d842f
 @DISTRIBUTIONS.register("gaussian")
 def _gaussian(rng, shape): return rng.standard_normal(shape, dtype=np.float32)
 
+# %% ../../nbs/trust/01_siblings.ipynb #525dbec6
 @DISTRIBUTIONS.register("laplace")
 def _laplace(rng, shape): return rng.laplace(0, 2**-0.5, shape)
 
+# %% ../../nbs/trust/01_siblings.ipynb #9b06d148
 @DISTRIBUTIONS.register("triangular")
 def _triangular(rng, shape): return rng.triangular(-6**0.5, 0, 6**0.5, shape)
 
+# %% ../../nbs/trust/01_siblings.ipynb #be3e9133
 NORMAL_QUARTILE = 0.6744897501960817 # Half of a standard normal's values lie within ± this
 
+# %% ../../nbs/trust/01_siblings.ipynb #4a87a934
 @DISTRIBUTIONS.register("cauchy")
 def _cauchy(rng, shape): return NORMAL_QUARTILE * rng.standard_cauchy(shape)
 
@@ -104,9 +108,10 @@ def plain_logits(
     with one_at_a_time, eval_mode(model):
         return torch.stack([as_logits(call_with(model, w, x), len(x)) for w in weights])
 
-# %% ../../nbs/trust/01_siblings.ipynb #fec2efd0
+# %% ../../nbs/trust/01_siblings.ipynb #40ece918
 VALUES_COMPARED = 16 # Of each tensor
 
+# %% ../../nbs/trust/01_siblings.ipynb #fec2efd0
 class Watch:
     "Notices that a tensor, module or hook of `model` was changed or replaced since this was made."
     def __init__(self, model: nn.Module):
@@ -146,17 +151,19 @@ def _marks(self: Watch) -> list:
             elif isinstance(v, (int, float, str)) and k != "training": found.append((k, v))
     return found
 
-# %% ../../nbs/trust/01_siblings.ipynb #21344ad3
+# %% ../../nbs/trust/01_siblings.ipynb #054e7479
 def _mark(t: Tensor) -> tuple:
     "What changes when `t` is replaced, moved or written to."
     place = t.data_ptr() if t.layout == torch.strided else None
     return id(t), place, None if t.is_inference() else t._version
 
+# %% ../../nbs/trust/01_siblings.ipynb #21344ad3
 def _is_dense(t: Tensor) -> bool:
     "Whether all values of a floating-point tensor are in memory: not sparse, not expanded."
     if not t.is_floating_point() or t.layout != torch.strided: return False
     return t.untyped_storage().nbytes() >= t.nbytes
 
+# %% ../../nbs/trust/01_siblings.ipynb #fc0c5229
 def _spread(t: Tensor) -> Tensor:
     "A view of a few values of `t`, at equal distances in memory."
     step = max(t.numel() // VALUES_COMPARED, 1)
@@ -175,7 +182,7 @@ def check_swappable(model: nn.Module) -> None:
         raise NiooddError("the network has lazy layers without weights; "
                           "expected a trained network; run a batch through it first")
 
-# %% ../../nbs/trust/01_siblings.ipynb #f00e62ba
+# %% ../../nbs/trust/01_siblings.ipynb #99ab7faf
 def _check_sigma(sigma: dict[str, Tensor], own: dict[str, Tensor]) -> None:
     "Raises `NiooddError` unless `sigma` names some of the parameters `own` and fits them."
     if not isinstance(sigma, Mapping) or not all(isinstance(s, Tensor) for s in sigma.values()):
@@ -189,6 +196,7 @@ def _check_sigma(sigma: dict[str, Tensor], own: dict[str, Tensor]) -> None:
         if k not in own: raise unknown("parameter", k, own)
         _check_one_sigma(k, s, own[k])
 
+# %% ../../nbs/trust/01_siblings.ipynb #f00e62ba
 def _check_one_sigma(name: str, s: Tensor, own: Tensor) -> None:
     if s.shape != own.shape:
         raise NiooddError(f"sigma of {name} has shape {list(s.shape)}; "
@@ -283,7 +291,7 @@ class _Drawn:
         if self.stacked is not None: return self.stacked(x)
         return plain_logits(self.model, self.weights, x)
 
-# %% ../../nbs/trust/01_siblings.ipynb #99ab7faf
+# %% ../../nbs/trust/01_siblings.ipynb #d054246e
 @patch
 def _check(self: _Drawn, x: Tensor) -> None:
     "Compares the last member with the plain way, and the plain way with itself."
@@ -295,6 +303,7 @@ def _check(self: _Drawn, x: Tensor) -> None:
     if self.stacked is not None: self._check_stacked(x, plain)
     self.unchecked = False
 
+# %% ../../nbs/trust/01_siblings.ipynb #ca52dce5
 @patch
 def _check_stacked(self: _Drawn, x: Tensor, plain: Tensor) -> None:
     try: same = _same_logits(self.stacked(x)[-1], plain)

@@ -12,15 +12,15 @@ from nioodd.posthoc.outputs import network_outputs
 from nioodd.speed.detectors import (
     TOLERANCE,
     USUAL,
-    Rates,
+    SecondsPerImage,
     Sizes,
-    Table,
+    TableSeconds,
     bench_detectors,
     disagreement,
     layerwise_cost,
-    network_pieces,
-    subject,
-    table,
+    network_parts,
+    make_setup,
+    table_seconds,
 )
 
 
@@ -33,16 +33,16 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def c1(): return subject("C1", images=60, fit_images=400, train_images=400)
+def c1(): return make_setup("C1", images=60, fit_images=400, train_images=400)
 
 
 def test_every_baseline_that_reads_outputs_has_its_counterpart():
     assert set(USUAL) == {name for name, b in BASELINES.items() if b.needs == "outputs"}
 
 
-def test_a_subject_has_as_many_images_as_were_asked_for_and_is_reproducible(c1):
+def test_a_setup_has_as_many_images_as_were_asked_for_and_is_reproducible(c1):
     state = torch.get_rng_state()
-    again = subject("C1", images=60, fit_images=400, train_images=400)
+    again = make_setup("C1", images=60, fit_images=400, train_images=400)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(c1.model.state_dict().values(), again.model.state_dict().values()))
     assert len(c1.images) == len(c1.labels) == 400 and [len(x) for x in c1.sets.values()] == [60] * 4
@@ -54,7 +54,7 @@ def test_a_subject_has_as_many_images_as_were_asked_for_and_is_reproducible(c1):
 
 
 def test_more_images_than_there_are_come_again_shifted():
-    s = subject("C1", images=5, fit_images=4010, train_images=200)
+    s = make_setup("C1", images=5, fit_images=4010, train_images=200)
     assert len(s.images) == 4010 and torch.equal(s.labels[4000:], s.labels[:10])
     assert not torch.equal(s.images[4000:], s.images[:10])
 
@@ -65,7 +65,7 @@ def test_pieces_make_up_the_network(name):
         net = architecture(name).eval()
         a = net.arguments
         x = torch.rand(2, a["channels"], a["size"], a["size"]) * 2 - 1
-    p = network_pieces(net, x)
+    p = network_parts(net, x)
     with torch.no_grad():
         assert_close(p.head(p.encoder(x)), net(x))
         assert p.backbone(x).shape == (2, p.head.in_features, 1, 1)
@@ -88,15 +88,15 @@ def test_a_difference_is_seen(c1, monkeypatch):
 
 
 def test_ratios_are_usual_over_ours_within_a_round():
-    assert Rates([2.0, 9.0, 4.0], [1.0, 3.0, 4.0], [0.1] * 3).ratio == 2.0
-    assert Table(1.0, dict(a=4.0, b=6.0), dict(a=0.5, b=0.5)).ratio == 5.0
+    assert SecondsPerImage([2.0, 9.0, 4.0], [1.0, 3.0, 4.0], [0.1] * 3).ratio == 2.0
+    assert TableSeconds(1.0, dict(a=4.0, b=6.0), dict(a=0.5, b=0.5)).ratio == 5.0
 
 
 def test_a_table_shares_its_forward_passes(c1):
     "pytorch-ood passes what it fits on and four sets through the network for each detector; nioodd passes all sets once."
     seen = []
     hook = c1.model.register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))
-    try: t, fitted = table(["msp", "energy", "kl_matching"], c1, 50)
+    try: t, fitted = table_seconds(["msp", "energy", "kl_matching"], c1, 50)
     finally: hook.remove()
     held_out, sets = len(c1.held_out), 4 * 60
     ours = len(c1.images) + held_out + sets

@@ -128,7 +128,7 @@ BAD_DETECTORS = [
     (lambda net: made(net).predict(images(2)[0]), "shape"),
     (lambda net: made(net, n_known=-1), "n_known is -1"),
     (lambda net: made(net, n_known=9).predict(images(2)), "n_known is 9.* 4 outputs"),
-    (lambda net: made(net, classes=["a"]).predict(images(2)), "K"),
+    (lambda net: made(net, classes=["a"]).predict(images(2)), "1 class names, but the network has 4 outputs"),
     (lambda net: made(net, classes=["a"], n_known=3), "1 class names for n_known=3"),
     (no_logits, "returned tuple for 2 images"),
 ]
