@@ -18,7 +18,6 @@ from nioodd.posthoc.baselines import (
     EPSILONS,
     NOT_RUN,
     FitData,
-
     bayes_adapter,
     ensemble_score,
     kl_per_image,

@@ -18,8 +18,8 @@ from nioodd.speed.detectors import (
     bench_detectors,
     disagreement,
     layerwise_cost,
-    network_parts,
     make_setup,
+    network_parts,
     table_seconds,
 )
 
