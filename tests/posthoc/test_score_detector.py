@@ -212,7 +212,7 @@ def test_networks_that_do_not_suit(net, train, held_out):
     followed = nn.Sequential(net, nn.Softmax(1))
     assert "expected nn.Linear at its end" in one_line(ScoreDetector(followed, "vim").fit, train, held_out)
     assert "not a sequence" in one_line(ScoreDetector(Classifier(K, size=SIZE), "gram").fit, train, held_out)
-    ScoreDetector(followed, "knn").fit(train, held_out)  # reads features only
+    ScoreDetector(followed, "msp").fit(train, held_out)  # reads logits only
 
 
 @pytest.mark.parametrize("lost", ["logits", "features", "before", "images", "labels", "seed"])
