@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import __version__
-from ..core.errors import NiooddError, message, unknown
+from ..core.errors import NiooddError, unknown
 from ..core.options import field_docs, from_dict, settings, with_values
 from ..inversion.config import PRESETS, Config, preset
 
