@@ -593,9 +593,9 @@ def keep_memory() -> None:
     library.mallopt(M_TRIM_THRESHOLD, KEPT)
 
 # %% ../../nbs/app/02_cli.ipynb #9cf3d106
-def _show_warning(message, category, *_) -> None:
+def _show_warning(text, category, *_) -> None:
     "A warning of ours, in one line; those of the libraries beneath are for developers."
-    if category is UserWarning: print(f"nioodd: warning: {message}", file=sys.stderr)
+    if category is UserWarning: print(f"nioodd: warning: {text}", file=sys.stderr)
 
 # %% ../../nbs/app/02_cli.ipynb #19360074
 def main(argv: list[str] | None = None) -> int:
@@ -606,10 +606,10 @@ def main(argv: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return a.do(a)
-    except NiooddError as e: code, message = 2, f"nioodd: error: {e}"
-    except KeyboardInterrupt as e: code, message = 130, f"nioodd: interrupted{'; ' if str(e) else ''}{e}"
+    except NiooddError as e: code, line = 2, f"nioodd: error: {e}"
+    except KeyboardInterrupt as e: code, line = 130, f"nioodd: interrupted{'; ' if str(e) else ''}{e}"
     except BrokenPipeError: # The reader of our output has gone, as in `nioodd data | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    print(message, file=sys.stderr) # Only now: progress bars are closed when the exception is let go
+    print(line, file=sys.stderr) # Only now: progress bars are closed when the exception is let go
     return code
