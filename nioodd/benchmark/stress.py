@@ -52,6 +52,7 @@ def pixel_moments(
     mean = share @ level
     return mean, (share * (level - mean[:, None]) ** 2).sum(1).sqrt()
 
+# %% ../../nbs/benchmark/01_stress.ipynb #e48db5ba
 def _check_images(images: Tensor) -> None:
     "Raise `NiooddError` unless `images` is uint8 [N, C, H, W] with N at least 1."
     if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
@@ -144,12 +145,14 @@ def fgsm(
             out[rows] = to_input((pixels + step).clamp(0, 255)).cpu()
     return out
 
+# %% ../../nbs/benchmark/01_stress.ipynb #ead4d6fc
 def _gradient(odds: Tensor, x: Tensor) -> Tensor:
     "Of each row of odds by its image. Raises `NiooddError` where there is none."
     if odds.requires_grad: return torch.autograd.grad(odds.sum(), x)[0]
     raise NiooddError("the network gives no gradient; expected logits that can be differentiated by the images; "
                       "remove no_grad or detach from its forward")
 
+# %% ../../nbs/benchmark/01_stress.ipynb #d9650625
 def _log_odds_against(z: Tensor, labels: Tensor | None) -> Tensor:
     "log (1 − p_y) / p_y for each row of logits [B, K]; y the argmax without labels."
     y = z.argmax(1) if labels is None else labels.to(z.device)

@@ -27,14 +27,15 @@ def labelled_images(
     if isinstance(images, Tensor): return ImageSet("images", images)
     try: batches = list(images) # Once, since a loader may shuffle
     except TypeError: batches = images # Nothing that can be gone through: `all_images` says so
-    x, labels = all_images(batches), [b[1] for b in batches if isinstance(b, (tuple, list)) and len(b) > 1]
+    x = all_images(batches)
+    labels = [b[1] for b in batches if isinstance(b, (tuple, list)) and len(b) > 1]
     if not labels: return ImageSet("images", x)
     labels = torch.cat(labels)
     return ImageSet("images", x, labels[labels >= 0])
 
 # %% ../../nbs/posthoc/03_score_detector.ipynb #898fad78
 class ScoreDetector(Detector):
-    "Any score with a threshold, p-values, a verdict and files; for any network with one output per class."
+    "Any score with a threshold, p-values, a verdict and files; for a network with one output per class."
 
     def __init__(self,
         model: nn.Module, # Images → logits [B, K]; used in eval mode, left in the mode it is in
@@ -54,8 +55,9 @@ class ScoreDetector(Detector):
 
 # %% ../../nbs/posthoc/03_score_detector.ipynb #00127e21
 @patch
-def _fit_data(self: ScoreDetector, outputs: Outputs, images: Tensor, labels: Tensor, seed: int) -> FitData:
-    "The images learnt from at the place where the score looks for them; at the other place as few as will do."
+def _fit_data(self: ScoreDetector, outputs: Outputs, images: Tensor, labels: Tensor,
+              seed: int) -> FitData:
+    "Images where the score looks for what it learns from; at the other place as few as will do."
     if self.baseline.learns_from == "held-out":
         return FitData(self.model, outputs[:2], labels[:2], images[:2], outputs, images, labels, seed)
     return FitData(self.model, outputs, labels, images, outputs[:0], images[:0], labels[:0], seed)
@@ -66,9 +68,12 @@ def learn_from(self: ScoreDetector,
     known: ImageSet, # Training images, or a part of the held-out ones; with labels, or without
     seed: int = 0, # Of what the score draws
 ) -> None:
-    "Learn from ID images. Raises `NiooddError` for missing or wrong labels, and a network that does not suit."
+    """Learn from ID images.
+
+    Raises `NiooddError` for missing or wrong labels, and a network that does not suit."""
     if known.labels is None and self.baseline.true_labels:
-        raise NiooddError(f"{self.baseline.name} needs the labels of its {self.baseline.learns_from} images; "
+        needed = f"the labels of its {self.baseline.learns_from} images"
+        raise NiooddError(f"{self.baseline.name} needs {needed}; "
                           "expected an ImageSet or a loader of (x, y); "
                           "what the network predicts will not do")
     outputs = network_outputs(self.model, known.images)
@@ -84,17 +89,20 @@ def learn_from(self: ScoreDetector,
 # %% ../../nbs/posthoc/03_score_detector.ipynb #c88a44a0
 @patch
 def fit(self: ScoreDetector,
-    train=None, # Images that the network was trained on, with labels: an `ImageSet` or a loader of (x, y)
-    held_out=None, # ID images that it was not trained on; None: a quarter of `train` (all if none is learnt from)
+    train=None, # Images that the network was trained on, with labels: an `ImageSet`, or a loader of (x, y)
+    held_out=None, # ID images that it was not trained on; None: a quarter of `train`, or all of it
     *,
     false_alarms: float = 0.05, # Share of known images that the threshold may reject
     n: int = 5000, # Training images learnt from, at most
     seed: int = 0, # Of which those are, of how images are split, and of what the score draws
 ) -> ScoreDetector: # Itself
-    """Learn what the score needs, then calibrate. Raises `NiooddError` for too few images, missing labels, or a
-    network that the score cannot read."""
+    """Learn what the score needs, then calibrate.
+
+    Without held-out images a quarter of `train` calibrates; all of it if the score learns nothing from it.
+    Raises `NiooddError` for too few images, missing labels, or a network that the score cannot read."""
     train, held_out = self._given(train, held_out, seed)
-    if self.baseline.learns_from == "held-out": known, held_out = _split(held_out, len(held_out) // 2, seed)
+    if self.baseline.learns_from == "held-out":
+        known, held_out = _split(held_out, len(held_out) // 2, seed)
     elif self.requires_fit: known = _split(train, n, seed)[0] if len(train) > n else train
     else: known = held_out[:2]
     if not len(held_out):
@@ -110,10 +118,11 @@ def _split(s: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
 
 @patch
 def _given(self: ScoreDetector, train, held_out, seed: int) -> tuple[ImageSet | None, ImageSet]:
-    "Training and held-out images as image sets. Raises `NiooddError` where they are needed and not given."
+    "Training and held-out images as image sets. Raises `NiooddError` where they are needed and missing."
     if train is None and (held_out is None or self.requires_fit):
-        raise NiooddError(f"{self.baseline.name} has no images to learn from; expected fit(train, held_out)"
-                          + ("" if self.requires_fit else ", or fit(held_out=images)"))
+        or_fewer = "" if self.requires_fit else ", or fit(held_out=images)"
+        raise NiooddError(f"{self.baseline.name} has no images to learn from; "
+                          f"expected fit(train, held_out){or_fewer}")
     train = None if train is None else labelled_images(train)
     if held_out is not None: return train, labelled_images(held_out)
     return _split(train, len(train) * 3 // 4 if self.requires_fit else 0, seed)
@@ -123,7 +132,8 @@ def _given(self: ScoreDetector, train, held_out, seed: int) -> tuple[ImageSet | 
 def _check_fitted(self: ScoreDetector) -> None:
     "Raise `NiooddError` unless there is a scorer."
     if self.scorer is None:
-        raise NiooddError(f"{self.baseline.name} knows no images yet; expected fit(train, held_out) first")
+        raise NiooddError(f"{self.baseline.name} knows no images yet; "
+                          "expected fit(train, held_out) first")
 
 @patch
 def logits_and_scores(self: ScoreDetector,
@@ -136,7 +146,9 @@ def logits_and_scores(self: ScoreDetector,
     return outputs.logits, self.scorer(outputs)
 
 @patch
-def predict(self: ScoreDetector, x: Tensor) -> Tensor: # x [B, C, H, W], see `as_input` → float64 [B], on the CPU
+def predict(self: ScoreDetector,
+    x: Tensor, # [B, C, H, W], see `as_input`
+) -> Tensor: # float64 [B], on the CPU
     "Scores of images: higher = more OOD. Raises `NiooddError` where a score is NaN."
     self._check_fitted()
     return self.scorer(x if self.baseline.needs == "images" else network_outputs(self.model, x))
@@ -144,7 +156,9 @@ def predict(self: ScoreDetector, x: Tensor) -> Tensor: # x [B, C, H, W], see `as
 # %% ../../nbs/posthoc/03_score_detector.ipynb #152d609f
 @patch
 def arguments(self: ScoreDetector) -> dict:
-    "What the constructor takes beside model and threshold. Raises `NiooddError` for a function without a name."
+    """What the constructor takes beside model and threshold.
+
+    Raises `NiooddError` for a function without a name."""
     if isinstance(self.score, str): return dict(score=self.score, **Detector.arguments(self))
     raise NiooddError(f"{self.baseline.name} is a function, which no file can hold; "
                       "expected a score with a name; "
@@ -152,7 +166,7 @@ def arguments(self: ScoreDetector) -> dict:
 
 @patch
 def learnt(self: ScoreDetector) -> dict[str, Tensor]:
-    "What the score was fitted on; images only if it reads more of them than the two that show its layers."
+    "What the score was fitted on; only the two images that show its layers if it reads outputs."
     self._check_fitted()
     of_held_out = self.baseline.learns_from == "held-out"
     outputs = self.data.held_out_outputs if of_held_out else self.data.outputs

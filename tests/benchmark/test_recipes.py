@@ -3,7 +3,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -12,6 +11,7 @@ import time
 import pytest
 import torch
 from PIL import Image
+from processes import processes, run_training
 
 from nioodd.benchmark import recipes
 from nioodd.benchmark.recipes import RECIPES, Recipe, load_classifier, recipe_data, train_classifier
@@ -134,23 +134,13 @@ def test_resume_from_any_file_is_bit_identical(recipe, tmp_path, dies_before, na
     assert not (tmp_path / "part/checkpoint.safetensors").exists()
 
 
-forks = multiprocessing.get_context("forkserver")       # its children begin with PyTorch loaded
-forks.set_forkserver_preload(["nioodd.benchmark.recipes"])
-
-
-def work(recipe, out, resume):
-    "A training in a process of its own, to be killed."
-    torch.set_num_threads(1)
-    train_classifier(recipe, out, resume=resume, progress=False)
-
-
 def test_killed_at_random_moments_and_resumed(recipe, tmp_path):
     recipe, rng, kills = dataclasses.replace(recipe, epochs=30), random.Random(0), 0
     out = tmp_path / "part"
 
     def logged(): return (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
     for _ in range(4):
-        p = forks.Process(target=work, args=(recipe, out, out.exists()))
+        p = processes.Process(target=run_training, args=(recipe, out, out.exists()))
         before = logged()
         p.start()
         while p.is_alive() and logged() == before: time.sleep(0.005)

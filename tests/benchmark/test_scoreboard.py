@@ -70,7 +70,8 @@ def test_rows_say_what_was_measured(go, models, tmp_path):
     assert rows[0]["images"] == network.fingerprint_of("letters")
     assert rows[0]["id"] == "digits5k"
     assert rows[0]["n_id"] == rows[0]["n_ood"] == 200
-    assert json.loads((tmp_path / "out/C1-seed0.model.json").read_text())["accuracy"] == load_classifier(models / "C1-seed0")[1]["accuracy"]
+    described = json.loads((tmp_path / "out/C1-seed0.model.json").read_text())
+    assert described["accuracy"] == load_classifier(models / "C1-seed0")[1]["accuracy"]
 
 
 def test_only_what_is_missing_is_run_and_forwards_are_shared(go, tmp_path, monkeypatch):
@@ -101,7 +102,8 @@ def test_a_row_is_there_or_not(go, tmp_path, dies_before):
 
 def test_what_another_process_is_at_is_left_to_it(go, tmp_path):
     (tmp_path / "work/locks").mkdir(parents=True)
-    code = f"from filelock import FileLock; l = FileLock({str(tmp_path / 'work/locks/C1-seed0-msp.lock')!r}); l.acquire(); print('held', flush=True); input()"
+    lock = str(tmp_path / "work/locks/C1-seed0-msp.lock")
+    code = f"from filelock import FileLock; l = FileLock({lock!r}); l.acquire(); print('held', flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     result = go(some())
@@ -140,13 +142,13 @@ def test_ensemble_takes_the_next_seed_and_needs_one(go, tmp_path):
     figures = {cell_of(r): r for r in read_rows(tmp_path / "out")}
     assert len(figures) == 4 and all(("auroc" in figures[c]) == (c.seed == 0) for c in both)
     assert not go(both)["run"]
-    assert {cell_of(r): r.get("auroc") for r in read_rows(tmp_path / "out")} == {c: r.get("auroc") for c,
-        r in figures.items()}
+    again = {cell_of(r): r.get("auroc") for r in read_rows(tmp_path / "out")}
+    assert again == {c: r.get("auroc") for c, r in figures.items()}
 
 
 def test_a_detector_that_fails_does_not_stop_the_others(go, tmp_path, monkeypatch):
-    def fails(study): raise ValueError("no correct predictions")
-    def fails_later(study):
+    def fails(network): raise ValueError("no correct predictions")
+    def fails_later(network):
         def score(name):
             if name == "letters": raise NiooddError("NaN for 3 images")
             return torch.arange(200.)
@@ -166,10 +168,10 @@ def test_rows_of_other_images_or_weights_are_refused_though_nothing_is_missing(g
     with pytest.raises(NiooddError, match="at most 200 images of each set, not 50"): go(some(("energy",)), images=50)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/C1-seed0").symlink_to(models / "C1-seed1")
-    for use in (lambda: run_cells(some(("energy",)), tmp_path / "out", tmp_path / "work", tmp_path / "other",
-                                  images=200, progress=False), lambda: plan(some(("energy",
-                                      )), tmp_path / "out", tmp_path / "other")):
-        with pytest.raises(NiooddError, match="other weights"): use()
+    out, other = tmp_path / "out", tmp_path / "other"
+    with pytest.raises(NiooddError, match="other weights"):
+        run_cells(some(("energy",)), out, tmp_path / "work", other, images=200, progress=False)
+    with pytest.raises(NiooddError, match="other weights"): plan(some(("energy",)), out, other)
 
 
 def test_missing_data_is_named_and_the_rest_is_run(go, models, tmp_path, monkeypatch):
@@ -204,8 +206,8 @@ def test_every_table_names_sets_there_are(tmp_path, models):
         assert table.keys() == RECIPES.keys()
     for ood in {o for t in ("stress", "validation") for o in TABLES[t]["C1"]} | {"gaussian", "gaussian-like"}:
         x = network.images(ood)
-        assert len(x) and x.shape[1:] == (1, 14, 14) and x.dtype == (torch.float32
-                                                                     if ood.startswith("fgsm") else torch.uint8), ood
+        dtype = torch.float32 if ood.startswith("fgsm") else torch.uint8
+        assert len(x) and x.shape[1:] == (1, 14, 14) and x.dtype == dtype, ood
     assert not set(TABLES["validation"]["C1"]) & set(TABLES["paper2"]["C1"])
     with pytest.raises(NiooddError, match="image set"): network.images("leters")
 
@@ -224,8 +226,8 @@ def row(detector, seed, ood, value):
 
 
 def test_scoreboard_and_summary():
-    rows = [row("energy", s, "fashion_mnist", v) for s, v in ((0, 0.01), (1, 0.03))] + [row("msp", 0, "fashion_mnist",
-        0.02), row("energy", 0, "cifar10", 0.5)]
+    rows = [row("energy", 0, "fashion_mnist", 0.01), row("energy", 1, "fashion_mnist", 0.03),
+            row("msp", 0, "fashion_mnist", 0.02), row("energy", 0, "cifar10", 0.5)]
     s = summarise(rows)["C1", "energy", "fashion_mnist"]
     assert s.mean == pytest.approx(0.02) and s.std == pytest.approx(0.0141421, abs=1e-6) and s.seeds == 2
     lines = scoreboard(rows, "C1", detectors=["msp", "energy", "pnn"]).splitlines()
@@ -238,8 +240,8 @@ def test_scoreboard_and_summary():
 
 def test_better_is_paired(go, tmp_path):
     go(some(("energy", "msp")))
-    (b,), (c,) = better("energy", "msp", "letters", "C1", [0], tmp_path / "work", n=50), better("energy", "energy",
-        "letters", "C1", [0], tmp_path / "work", n=50)
+    (b,) = better("energy", "msp", "letters", "C1", [0], tmp_path / "work", n=50)
+    (c,) = better("energy", "energy", "letters", "C1", [0], tmp_path / "work", n=50)
     rows = {r["detector"]: r for r in read_rows(tmp_path / "out") if r["ood"] == "letters"}
     assert b["difference"] == pytest.approx(rows["energy"]["fpr95_id_positive"] - rows["msp"]["fpr95_id_positive"])
     assert c["p_better"] == 0.5
@@ -256,10 +258,9 @@ def test_damaged_results(tmp_path):
 
 
 @pytest.mark.parametrize("call, says", [
-    (lambda: cells("paper3"), "paper2"), (lambda: cells("paper2", ["C6"]),
-                                          "network"), (lambda: cells("paper2", detectors=["eneryg"]), "energy"),
-    (lambda: summarise([], "fpr"), "fpr95_id_positive"), (lambda: better("msp", "energy", "x", "C1", [0], "nowhere"),
-                                                          "no scores")])
+    (lambda: cells("paper3"), "paper2"), (lambda: cells("paper2", ["C6"]), "network"),
+    (lambda: cells("paper2", detectors=["eneryg"]), "energy"), (lambda: summarise([], "fpr"), "fpr95_id_positive"),
+    (lambda: better("msp", "energy", "x", "C1", [0], "nowhere"), "no scores")])
 def test_errors(call, says):
     with pytest.raises(NiooddError, match=says) as e: call()
     assert "\n" not in str(e.value)

@@ -1,4 +1,4 @@
-"""Inputs made from images: the same for a subset as for the whole, of the stated strength, and a network that is left as it was."""
+"""Inputs made from images: the same for a subset as for the whole, of the stated strength; the network stays."""
 import numpy as np
 import pytest
 import torch
@@ -89,7 +89,9 @@ def test_gaussian_images_by_given_numbers():
 @pytest.mark.parametrize("kind", SEVERITIES)
 @pytest.mark.parametrize("severity", range(1, 6))
 def test_corruption_is_cifar_10_cs_formula(kind, severity):
-    "Its two functions written in NumPy as published, with our random numbers; rounding to the nearest level is at most one level from cutting off."
+    """Its two functions written in NumPy as published, with our random numbers.
+
+    Rounding to the nearest level is at most one level from cutting off."""
     images = random_images(7, 3, 9, 11)
     x, n = images.numpy() / 255., standard_normal(torch.arange(7), 3 * 9 * 11).view(images.shape).numpy()
     c = dict(gaussian=[0.04, 0.06, .08, .09, .10], speckle=[.06, .1, .12, .16, .2])[kind][severity - 1]

@@ -1,7 +1,6 @@
 """Runs from outside, as a user sees them: resume after kills, one-line errors, what is left behind."""
 import errno
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import TINY, processes, run_loop, squares
 
 from nioodd.app.cli import main
 from nioodd.core.datasets import Problem
@@ -21,18 +21,6 @@ from nioodd.core.images import ImageSet
 from nioodd.core.options import with_values
 from nioodd.inversion.config import Config
 from nioodd.inversion.loop import Loop, config_problem, judge, run
-
-TINY = ["rounds=3", "pretrain_epochs=1", "generator_steps=8", "samples=44", "eval_images=50", "ood_sets=squares", "size=12",
-        "average=0.9", "pixel_images=20", "pixel_steps=2", "noise=gaussian,tiles", "temperature=0.3"]
-
-
-def squares(n, seed, classes=3):
-    "Three kinds of 12×12 images that are quickly told apart: bright left, right or middle."
-    g = torch.Generator().manual_seed(seed)
-    labels = torch.arange(n) % classes
-    images = torch.randint(0, 60, (n, 1, 12, 12), generator=g, dtype=torch.uint8)
-    for k in range(classes): images[labels == k, :, 3:9, 4 * k:4 * k + 4] += 150
-    return ImageSet("squares", images, labels, [str(k) for k in range(classes)])
 
 
 @pytest.fixture
@@ -67,17 +55,6 @@ def test_resume_from_any_file_is_bit_identical(problem, config, tmp_path, dies_b
     assert part["after"] == whole["after"] and part["before"] == whole["before"]
 
 
-forks = multiprocessing.get_context("forkserver")       # its children begin with PyTorch loaded
-forks.set_forkserver_preload(["nioodd.inversion.loop"])
-
-
-def work(out: str, resume: bool):
-    "A run in a process of its own, to be killed."
-    torch.set_num_threads(1)
-    problem = Problem(squares(900, 0), squares(60, 1), {"squares": squares(60, 2)})
-    run(with_values(Config(), [*TINY, "rounds=6", "generator_steps=20"]), out, problem=problem, resume=resume, progress=False)
-
-
 def finished_rounds(out):
     try: return json.loads((out / "run.json").read_text())["rounds_done"]
     except (FileNotFoundError, json.JSONDecodeError): return -2
@@ -85,14 +62,14 @@ def finished_rounds(out):
 
 def test_killed_at_random_moments_and_resumed(tmp_path):
     "SIGKILL at five random moments: the resumed run's final weights are those of a run that was left alone."
-    whole = forks.Process(target=work, args=(str(tmp_path / "whole"), False))
+    whole = processes.Process(target=run_loop, args=(str(tmp_path / "whole"), False))
     began = time.perf_counter()
     whole.start(); whole.join(300)
     one_round = (time.perf_counter() - began) / 8
     assert whole.exitcode == 0
     rng, out, kills = random.Random(0), tmp_path / "part", 0
     for _ in range(5):
-        p, before = forks.Process(target=work, args=(str(out), out.exists())), finished_rounds(out)
+        p, before = processes.Process(target=run_loop, args=(str(out), out.exists())), finished_rounds(out)
         p.start()
         while p.is_alive() and finished_rounds(out) <= before: time.sleep(0.005)
         until = time.perf_counter() + rng.random() * one_round
@@ -101,7 +78,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
         p.kill(); p.join(60)
         kills += p.exitcode == -signal.SIGKILL
     assert kills >= 3                                   # the last may find the run finished
-    p = forks.Process(target=work, args=(str(out), True))
+    p = processes.Process(target=run_loop, args=(str(out), True))
     p.start(); p.join(300)
     assert p.exitcode == 0
     same_files(tmp_path / "whole", out, 6)

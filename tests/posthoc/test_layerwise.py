@@ -64,9 +64,12 @@ def resnet18():
     return resnet18(num_classes=4)
 
 
-NETWORKS = {name: (c, None) for name, c in ARCHITECTURES.items()} | {"garbage": (lambda: Classifier(4, size=8), 3),
-                                                                     "linear": (linear_only,
-                                                                         None), "resnet18": (resnet18, None)}
+def with_garbage(): return Classifier(4, size=8)
+
+
+NETWORKS = {name: (create, None) for name, create in ARCHITECTURES.items()}  # Name → how it is made, known classes
+NETWORKS |= {"garbage": (with_garbage, 3), "linear": (linear_only, None), "resnet18": (resnet18, None)}
+VERDICT = dict(label=torch.int64, uncertainty=torch.float64, p_value=torch.float64, score=torch.float64, ood=torch.bool)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -80,10 +83,8 @@ def test_any_network_learns_judges_and_comes_back_from_its_files(name, tmp_path)
     assert len(d.banks) >= 2 and set(d.surprise) == {"energy", *d.banks}
     x = images(5, seed=2, shape=shape)
     v = d.verdict(x)
-    assert {k: (t.dtype, tuple(t.shape)) for k, t in v.items()} == dict(label=(torch.int64, (5,)),
-        uncertainty=(torch.float64, (5,)), p_value=(torch.float64, (5,)),
-                                                                        score=(torch.float64, (5,)), ood=(torch.bool,
-                                                                            (5,)))
+    assert {k: t.dtype for k, t in v.items()} == VERDICT
+    assert all(t.shape == (5,) for t in v.values())
     assert ((0 < v["p_value"]) & (v["p_value"] <= 1)).all()
     assert v["score"].isfinite().all()
     assert n_known is None or v["label"].max() < n_known
@@ -121,8 +122,8 @@ def test_directions_and_subspace():
     u = directions(t)
     assert {k: v.shape[1] for k, v in u.items()} == {" where": 3 * 4 * 4, " what": 3}
     for v in u.values(): torch.testing.assert_close(v.norm(dim=1), torch.ones(5))
-    torch.testing.assert_close(u[" where"], nn.functional.normalize(t.unflatten(3, (4, 3)).unflatten(2,
-        (4, 2)).amax((3, 5)).flatten(1), dim=1))
+    maxima = t.unflatten(3, (4, 3)).unflatten(2, (4, 2)).amax((3, 5)).flatten(1)
+    torch.testing.assert_close(u[" where"], nn.functional.normalize(maxima, dim=1))
     torch.testing.assert_close(u[" what"], nn.functional.normalize(t.square().sum((2, 3)).sqrt(), dim=1))
     assert directions(torch.rand(5, 3, 2, 9))[" where"].shape == (5, 3 * 2 * 4)
     assert torch.equal(directions(torch.zeros(2, 6))[""], torch.zeros(2, 6))
@@ -283,10 +284,10 @@ def test_network_is_left_as_it_was(network, grad):
 # What goes wrong
 
 @pytest.mark.parametrize("bad, word", [
-    (torch.zeros(8, 8), "shape [8, 8]"), (torch.zeros(SHAPE), "image[None]"), (torch.zeros(2, 3, 8, 8),
-        "[2, 3, 8, 8]"), (torch.zeros(2, 1, 8, 9), "[2, 1, 8, 9]"),
-    (torch.zeros(2, *SHAPE).long(), "int64"), (images(2).float(), "reach"), (torch.full((2, *SHAPE), float("nan")),
-        "NaN")])
+    (torch.zeros(8, 8), "shape [8, 8]"), (torch.zeros(SHAPE), "image[None]"),
+    (torch.zeros(2, 3, 8, 8), "[2, 3, 8, 8]"), (torch.zeros(2, 1, 8, 9), "[2, 1, 8, 9]"),
+    (torch.zeros(2, *SHAPE).long(), "int64"), (images(2).float(), "reach"),
+    (torch.full((2, *SHAPE), float("nan")), "NaN")])
 def test_bad_images(detector, bad, word):
     for ask in (detector.predict, detector.verdict, detector.is_ood):
         with pytest.raises(NiooddError) as e: ask(bad)
@@ -351,7 +352,8 @@ def test_the_folder_alone_says_which_class(detector, tmp_path):
 
 
 @pytest.mark.parametrize("lost", [
-    ["learnt.bank.head"], ["learnt.basis.head"], ["learnt.known.004.head"], ["learnt.known.000.energy"], ["calibration"],
+    ["learnt.bank.head"], ["learnt.basis.head"], ["learnt.known.004.head"], ["learnt.known.000.energy"],
+    ["calibration"],
     ["learnt.bank.head", "learnt.basis.head"], ["learnt.bank.head", "learnt.known.004.head"]])
 def test_a_file_without_one_of_its_parts(detector, tmp_path, lost):
     description, tensors = read_detector(detector.save(tmp_path))
@@ -372,9 +374,10 @@ class Small(Benchmark):
     def train_set(self): return TensorDataset(images(400, 100, 256, seed=9), torch.arange(400) % 3)
 
     def test_sets(self, known=True, unknown=True):
-        return [TensorDataset(torch.cat([self.known, o]), torch.cat([self.labels,
-                                                                     -torch.ones(len(o),
-                                                                         dtype=torch.long)])) for o in self.unknown.values()]
+        def with_known(ood):
+            labels = torch.cat([self.labels, -torch.ones(len(ood), dtype=torch.long)])
+            return TensorDataset(torch.cat([self.known, ood]), labels)
+        return [with_known(ood) for ood in self.unknown.values()]
 
 
 @pytest.mark.parametrize("batch_size", [7, 32])
@@ -386,11 +389,11 @@ def test_drops_into_the_benchmark(network, batch_size):
     assert [r["Dataset"] for r in rows] == benchmark.ood_names and network.training
     for r in rows:
         # the same batches as the benchmark's: a score's last bits depend on the batch it was computed in
-        scores = torch.cat([d.predict(x) for x in torch.cat([benchmark.known,
-                                                             benchmark.unknown[r["Dataset"]]]).split(batch_size)])
+        both = torch.cat([benchmark.known, benchmark.unknown[r["Dataset"]]])
+        scores = torch.cat([d.predict(x) for x in both.split(batch_size)])
         m = ood_metrics(scores[:60], scores[60:])
-        assert [r["AUROC"], r["AUPR-IN"], r["AUPR-OUT"], r["FPR95TPR"]] == pytest.approx([m["auroc"], m["aupr_in"],
-            m["aupr_out"], m["fpr95_ood_positive"]], rel=0, abs=1e-12)
+        ours = [m[key] for key in ("auroc", "aupr_in", "aupr_out", "fpr95_ood_positive")]
+        assert [r["AUROC"], r["AUPR-IN"], r["AUPR-OUT"], r["FPR95TPR"]] == pytest.approx(ours, rel=0, abs=1e-12)
     assert rows[0]["AUROC"] > 0.95
 
 
@@ -420,8 +423,8 @@ class ChannelsLast(nn.Module):
     "Linear layers on maps [B, H, W, C], as in ConvNeXt and Swin."
     def __init__(self):
         super().__init__()
-        self.stem, self.up, self.down, self.head = nn.Conv2d(1, 6, 2, stride=2), nn.Linear(6, 24), nn.Linear(24,
-            6), nn.Linear(6, 4)
+        self.stem, self.up = nn.Conv2d(1, 6, 2, stride=2), nn.Linear(6, 24)
+        self.down, self.head = nn.Linear(24, 6), nn.Linear(6, 4)
     def forward(self, x):
         x = self.stem(x).movedim(1, -1)
         return self.head((x + self.down(self.up(x).relu())).mean((1, 2)))
@@ -429,8 +432,8 @@ class ChannelsLast(nn.Module):
 def test_transformers_are_heard_at_four_depths():
     net = vit().eval()
     posts = listening_posts(net, torch.randn(2, 3, 32, 32))
-    assert [p.rpartition("encoder_layer_")[2] for p in posts[:-1]] == [f"{i}.mlp.{j}" for i,
-        j in ((0, 0), (0, 3), (2, 0), (2, 3), (3, 0), (3, 3), (5, 0), (5, 3))]
+    four = [f"{depth}.mlp.{j}" for depth in (0, 2, 3, 5) for j in (0, 3)]
+    assert [p.rpartition("encoder_layer_")[2] for p in posts[:-1]] == four
     assert posts[-1] == "heads.head"
     x = images(120, shape=(3, 32, 32))
     read = read_directions(net, x[:3], posts)[1]
@@ -448,8 +451,8 @@ def test_a_normalising_layer_in_front_is_no_post(network):
     class Normalised(nn.Module):
         def __init__(self): super().__init__(); self.net = network
         def forward(self, x): return self.net((x - 0.1) / 0.3)
-    assert listening_posts(Normalised().eval(), torch.randn(2, *SHAPE)) == [f"net.{p}"
-        for p in listening_posts(network, torch.randn(2, *SHAPE))]
+    posts = listening_posts(network, torch.randn(2, *SHAPE))
+    assert listening_posts(Normalised().eval(), torch.randn(2, *SHAPE)) == [f"net.{p}" for p in posts]
 
 def test_known_images_that_are_all_the_same(network):
     one = images(1)

@@ -1,4 +1,4 @@
-"pytorch-ood's detectors as documented give the scores that nioodd's baselines give; what the times are made of; one line for what cannot be measured."
+"pytorch-ood's detectors give the scores that nioodd's baselines give; what the times are made of; errors in one line."
 import time
 
 import pytest
@@ -93,7 +93,7 @@ def test_ratios_are_usual_over_ours_within_a_round():
 
 
 def test_a_table_shares_its_forward_passes(c1):
-    "pytorch-ood passes what it fits on and four sets through the network for each detector; nioodd passes all sets once."
+    "pytorch-ood passes what it fits on and four sets through the network for each detector; nioodd all sets once."
     seen = []
     hook = c1.model.register_forward_pre_hook(lambda m, x: seen.append(len(x[0])))
     try: t, fitted = table_seconds(["msp", "energy", "kl_matching"], c1, 50)

@@ -55,7 +55,9 @@ def test_classifier_operations_by_hand():
 
 
 def test_generator_operations_by_hand():
-    "Its own layers three times, the first twice as noise wants no gradient; the frozen classifier's twice, as its weights want none."
+    """Its own layers three times, the first twice, since noise wants no gradient.
+
+    The frozen classifier's twice, since its weights want none."""
     classifier = Classifier(11).requires_grad_(True).train()
     calls = generator_calls(Generator(11), classifier, 3)
     own, frozen_part = 2 * PROJECT + 3 * (UP1 + UP2 + LAST), 2 * (CONV1 + CONV2 + LINEAR)
