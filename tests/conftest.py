@@ -32,7 +32,9 @@ def no_data(monkeypatch, tmp_path) -> Path:
 
 @pytest.fixture
 def dies_before(monkeypatch):
-    "dies_before(stop, *modules): a context in which the process \"dies\" (SystemExit) just before it would write its file number `stop`."
+    """dies_before(stop, *modules): a context in which the process "dies" (SystemExit).
+
+    It dies just before it would write its file number `stop`."""
     @contextmanager
     def context(stop, *modules):
         count, real = 0, files.write_atomic

@@ -95,7 +95,8 @@ def guard(
     check_empty(out)
     model, _, problem = folder_problem(folder, data, root)
     held_out, kind = _calibration_images(problem)
-    detector = LayerwiseDetector(model.to(device), classes=problem.train.classes)
+    detector = LayerwiseDetector(model.to(device), classes=problem.train.classes,
+                                 n_known=problem.n_known) # An output more is garbage
     detector.fit(problem.train.images, held_out.images, false_alarms=false_alarms, progress=progress)
     tested_by = rejected = None
     if kind == "held-out":

@@ -232,6 +232,9 @@ def test_guard_without_held_out_images_says_so(tmp_path):
     run(with_values(Config(), values), tmp_path / "run", progress=False)
     made = guard(tmp_path / "run", tmp_path / "g", progress=False)
     assert made.tested_by is None and made.rejected is None and "the test images had to serve" in str(made)
+    letters = load("letters", size=12, channels=1, n=100).images
+    assert made.detector.logits(letters[:1]).shape[1] == 11  # Garbage is no class that a letter may be told to be
+    assert made.detector.verdict(letters)["label"].max() < 10
 
 
 def test_guard_refuses(plain, trust, tmp_path):

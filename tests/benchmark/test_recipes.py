@@ -56,12 +56,19 @@ def same(a, b):
     assert log(a) == log(b)
 
 
-# --- recipes ---------------------------------------------------------------------------------------------------------------
+# --- recipes --------------------------------------------------------------------------------------
 
 def test_the_papers_recipes():
-    "Architectures, data and accuracies (in %) of paper 2's Table 1; held-out images in each; digits are never mirrored."
-    assert {k: (r.architecture, r.data, round(100 * r.accuracy, 2)) for k, r in RECIPES.items()} == dict(
-        C1=("C1", "mnist", 98.53), C2=("C2", "cifar10", 93.54), C3=("C3", "cifar10", 91.68), C4=("C4", "svhn", 95.93), C5=("C5", "cifar10", 93.51))
+    """Architectures, data and accuracies (in %) of paper 2's Table 1.
+
+    There are held-out images in each; digits are never mirrored."""
+    table = dict(
+        C1=("C1", "mnist", 98.53),
+        C2=("C2", "cifar10", 93.54),
+        C3=("C3", "cifar10", 91.68),
+        C4=("C4", "svhn", 95.93),
+        C5=("C5", "cifar10", 93.51))
+    assert {k: (r.architecture, r.data, round(100 * r.accuracy, 2)) for k, r in RECIPES.items()} == table
     assert all(r.validation_images == 5000 and r.flip == (r.data == "cifar10") for r in RECIPES.values())
 
 
@@ -77,7 +84,8 @@ def test_a_recipe_that_cannot_be(values, says):
 def test_held_out_images_are_no_training_images_and_the_same_for_every_seed():
     r = Recipe("C1", "digits5k", train_images=1000, validation_images=200)
     a, b = recipe_data(r), recipe_data(r)
-    assert torch.equal(a.held_out.images, b.held_out.images) and (len(a.train), len(a.held_out), len(a.test)) == (800, 200, 1000)
+    assert torch.equal(a.held_out.images, b.held_out.images)
+    assert (len(a.train), len(a.held_out), len(a.test)) == (800, 200, 1000)
     kept, out = ({i.numpy().tobytes() for i in s.images} for s in (a.train, a.held_out))
     assert not kept & out and kept | out == {i.numpy().tobytes() for i in load("digits5k", "train", n=1000).images}
     assert recipe_data(dataclasses.replace(r, validation_images=0)).held_out is None
@@ -85,7 +93,7 @@ def test_held_out_images_are_no_training_images_and_the_same_for_every_seed():
     assert big.train.images.shape == (50, 3, 32, 32)  # the architecture's own size and channels
 
 
-# --- training --------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 def test_what_is_left_in_the_folder(recipe, pictures, tmp_path):
     state = torch.get_rng_state()
@@ -100,7 +108,8 @@ def test_what_is_left_in_the_folder(recipe, pictures, tmp_path):
     assert info["network"]["arguments"] == dict(n_outputs=2, channels=1, size=16)
     assert info["versions"].keys() >= {"python", "torch", "nioodd"} and info["seconds"] > 0 and "commit" in info
     rows = [json.loads(line) for line in (tmp_path / "c/log.jsonl").read_text().splitlines()]
-    assert [r["epoch"] for r in rows] == [1, 2, 3, 4] and info["accuracy"]["held_out"] == rows[-1]["held_out"]["accuracy"] > 0.9
+    assert [r["epoch"] for r in rows] == [1, 2, 3, 4]
+    assert info["accuracy"]["held_out"] == rows[-1]["held_out"]["accuracy"] > 0.9
     net, loaded = load_classifier(tmp_path / "c")
     assert not net.training and loaded == info | dict(garbage=False)
     test = recipe_data(recipe).test
@@ -160,17 +169,21 @@ def test_c1_on_mnist_learns(data_folder, tmp_path):
     assert info["data"] == "mnist" and info["accuracy"]["test"] > 0.8
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 def test_folders_that_hold_something_else(recipe, tmp_path):
     short = dataclasses.replace(recipe, epochs=1)
     train_classifier(short, tmp_path / "c", progress=False)
     (tmp_path / "x").mkdir()
     (tmp_path / "x/thesis.tex").write_text("")
-    for says, out, more in (("holds another classifier", "c", {}), ("not empty and holds no classifier", "x", {}),
-                            ("nothing to resume", "y", dict(resume=True)),
-                            ("another recipe.*seed: 0 → 1", "c", dict(resume=True, seed=1))):
-        with pytest.raises(NiooddError, match=says) as e: train_classifier(short, tmp_path / out, progress=False, **more)
+    refused = [
+        ("holds another classifier", "c", {}),
+        ("not empty and holds no classifier", "x", {}),
+        ("nothing to resume", "y", dict(resume=True)),
+        ("another recipe.*seed: 0 → 1", "c", dict(resume=True, seed=1))]
+    for says, out, more in refused:
+        with pytest.raises(NiooddError, match=says) as e:
+            train_classifier(short, tmp_path / out, progress=False, **more)
         assert "\n" not in str(e.value)
     with pytest.raises(NiooddError, match="epochs: 1 → 4"):
         train_classifier(recipe, tmp_path / "c", resume=True, progress=False)
@@ -236,7 +249,7 @@ def test_diverged_and_full_disk(recipe, tmp_path, monkeypatch):
     same(tmp_path / "whole", tmp_path / "c")
 
 
-# --- classifiers of the other method -----------------------------------------------------------------------------------------
+# --- classifiers of the other method --------------------------------------------------------------
 
 def test_a_garbage_classifier_is_loaded_too(tmp_path):
     torch.manual_seed(0)

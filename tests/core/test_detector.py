@@ -18,7 +18,9 @@ from nioodd.inversion.detector import GarbageDetector
 SHAPE = (1, 8, 8)
 
 
-def images(n, low=0, high=256, seed=0): return torch.randint(low, high, (n, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+def images(n, low=0, high=256, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(low, high, (n, *SHAPE), dtype=torch.uint8, generator=rng)
 
 
 @pytest.fixture
@@ -65,7 +67,8 @@ def test_mode_and_gradients_are_left_alone(detector, network):
 
 def test_many_images_at_once_equal_one_by_one(detector):
     x = images(13)
-    torch.testing.assert_close(logits_of(detector.model, x, batch_size=5), torch.cat([detector.logits(i[None]) for i in x]), rtol=1e-4, atol=1e-5)
+    one_by_one = torch.cat([detector.logits(i[None]) for i in x])
+    torch.testing.assert_close(logits_of(detector.model, x, batch_size=5), one_by_one, rtol=1e-4, atol=1e-5)
     assert detector.predict(x[:0]).shape == (0,)
 
 
@@ -95,9 +98,11 @@ def test_any_score_has_p_values_that_come_back_from_a_file(network, tmp_path):
     d = GarbageDetector(network).fit(held_out=images(99))
     scores = d.predict(images(20, seed=5))
     counted = [(1 + (d.calibration >= s).sum().item()) / 100 for s in scores]
-    assert d.p_values(scores).tolist() == counted and torch.equal(d.verdict(images(20, seed=5))["p_value"], d.p_values(scores))
+    assert d.p_values(scores).tolist() == counted
+    assert torch.equal(d.verdict(images(20, seed=5))["p_value"], d.p_values(scores))
     again = Detector.load(d.save(tmp_path))
-    assert torch.equal(again.calibration, d.calibration) and torch.equal(again.p_values(scores), d.p_values(scores))
+    assert torch.equal(again.calibration, d.calibration)
+    assert torch.equal(again.p_values(scores), d.p_values(scores))
 
 
 def test_a_score_that_is_not_a_number_is_rejected(network):
@@ -131,8 +136,13 @@ def test_no_yes_or_no_without_a_threshold(network):
 
 
 @pytest.mark.parametrize("bad, word", [
-    (torch.zeros(8, 8), "shape [8, 8]"), (torch.zeros(SHAPE), "image[None]"), (torch.zeros(2, 3, 8, 8), "[2, 3, 8, 8]"), (torch.zeros(2, 1, 8, 9), "[2, 1, 8, 9]"),
-    (torch.zeros(2, *SHAPE).long(), "int64"), (images(2).float(), "reach"), (torch.full((2, *SHAPE), float("nan")), "NaN")])
+    (torch.zeros(8, 8), "shape [8, 8]"),
+    (torch.zeros(SHAPE), "image[None]"),
+    (torch.zeros(2, 3, 8, 8), "[2, 3, 8, 8]"),
+    (torch.zeros(2, 1, 8, 9), "[2, 1, 8, 9]"),
+    (torch.zeros(2, *SHAPE).long(), "int64"),
+    (images(2).float(), "reach"),
+    (torch.full((2, *SHAPE), float("nan")), "NaN")])
 def test_bad_images(detector, bad, word):
     with pytest.raises(NiooddError) as e: detector.predict(bad)
     assert word in str(e.value) and "\n" not in str(e.value)
@@ -170,10 +180,13 @@ def test_own_network(own, tmp_path):
 
 def test_wrong_architecture_lists_what_differs_and_leaves_the_network_alone(own, tmp_path):
     GarbageDetector(own(16)).save(tmp_path)
-    for wrong, words in ((own(8), ("conv.weight is [16, 1, 3, 3] float32 in the file, [8, 1, 3, 3] float32 in the network", "more")),
-                         (own(16).double(), ("float32 in the file", "float64 in the network")),
-                         (nn.Linear(3, 3), ("conv.weight is not in the network", "do not fit this Linear")),
-                         (nn.Sequential(), ("not in the network",))):
+    other_shape = "conv.weight is [16, 1, 3, 3] float32 in the file, [8, 1, 3, 3] float32 in the network"
+    misfits = [
+        (own(8), (other_shape, "more")),
+        (own(16).double(), ("float32 in the file", "float64 in the network")),
+        (nn.Linear(3, 3), ("conv.weight is not in the network", "do not fit this Linear")),
+        (nn.Sequential(), ("not in the network",))]
+    for wrong, words in misfits:
         before = copy.deepcopy(wrong.state_dict())
         with pytest.raises(NiooddError) as e: GarbageDetector.load(tmp_path, model=wrong)
         assert all(w in str(e.value) for w in words) and "\n" not in str(e.value)
@@ -182,28 +195,41 @@ def test_wrong_architecture_lists_what_differs_and_leaves_the_network_alone(own,
 
 def damage(folder, how):
     model, described = folder/"model.safetensors", folder/"detector.json"
-    text = described.read_text()
+    text, weights = described.read_text(), model.read_bytes()
+
+    def describe(**changed): described.write_text(json.dumps(json.loads(text) | changed))
     if how == "no json": described.unlink()
     elif how == "no weights": model.unlink()
     elif how == "json cut short": described.write_text(text[:len(text) // 2])
     elif how == "json of something else": described.write_text("[1, 2]")
-    elif how == "weights cut short": model.write_bytes(model.read_bytes()[:-100])
+    elif how == "weights cut short": model.write_bytes(weights[:-100])
     elif how == "weights empty": model.write_bytes(b"")
-    elif how == "one bit": model.write_bytes((b := bytearray(model.read_bytes()))[:-1] + bytes([b[-1] ^ 1]))
-    elif how == "later format": described.write_text(json.dumps(json.loads(text) | dict(format=99)))
-    elif how == "unknown kind": described.write_text(json.dumps(json.loads(text) | dict(detector="GarbageDetecter")))
-    elif how == "unknown argument": described.write_text(json.dumps(json.loads(text) | dict(arguments=dict(n_unknown=3))))
-    elif how == "network null": described.write_text(json.dumps(json.loads(text) | dict(network=None)))
-    elif how == "network of nothing": described.write_text(json.dumps(json.loads(text) | dict(network={})))
-    elif how == "format in words": described.write_text(json.dumps(json.loads(text) | dict(format="one")))
+    elif how == "one bit": model.write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+    elif how == "later format": describe(format=99)
+    elif how == "unknown kind": describe(detector="GarbageDetecter")
+    elif how == "unknown argument": describe(arguments=dict(n_unknown=3))
+    elif how == "network null": describe(network=None)
+    elif how == "network of nothing": describe(network={})
+    elif how == "format in words": describe(format="one")
     elif how == "other size": described.write_text(text.replace('"size": 8', '"size": 16'))
 
 
 @pytest.mark.parametrize("how, word", [
-    ("no folder", "does not exist"), ("no json", "no detector.json"), ("no weights", "does not exist"), ("json cut short", "detector.json lacks"),
-    ("json of something else", "detector.json lacks"), ("weights cut short", "cannot be read"), ("weights empty", "cannot be read"), ("one bit", "checksum"),
-    ("later format", "format 99"), ("unknown kind", "did you mean 'GarbageDetector'"), ("unknown argument", "n_unknown"), ("other size", "do not fit"),
-    ("network null", "lacks network"), ("network of nothing", "lacks network.arguments"), ("format in words", "lacks format")])
+    ("no folder", "does not exist"),
+    ("no json", "no detector.json"),
+    ("no weights", "does not exist"),
+    ("json cut short", "detector.json lacks"),
+    ("json of something else", "detector.json lacks"),
+    ("weights cut short", "cannot be read"),
+    ("weights empty", "cannot be read"),
+    ("one bit", "checksum"),
+    ("later format", "format 99"),
+    ("unknown kind", "did you mean 'GarbageDetector'"),
+    ("unknown argument", "n_unknown"),
+    ("other size", "do not fit"),
+    ("network null", "lacks network"),
+    ("network of nothing", "lacks network.arguments"),
+    ("format in words", "lacks format")])
 def test_damaged_files(detector, tmp_path, how, word):
     detector.save(tmp_path)
     damage(tmp_path, how)
@@ -241,7 +267,8 @@ def test_what_a_subclass_learns_is_saved_too(network, tmp_path):
     a = Shifted(network).fit([images(20)])
     b = Detector.load(a.save(tmp_path))
     assert type(b) is Shifted and torch.equal(a.predict(images(4)), b.predict(images(4)))
-    with pytest.raises(NiooddError, match="unknown kind of detector 'GarbageDetector'"): Shifted.load(GarbageDetector(network).save(tmp_path))
+    plain = GarbageDetector(network).save(tmp_path)
+    with pytest.raises(NiooddError, match="unknown kind of detector 'GarbageDetector'"): Shifted.load(plain)
 
 
 def test_as_input_keeps_floats_as_they_are():
@@ -250,11 +277,14 @@ def test_as_input_keeps_floats_as_they_are():
 
 
 def test_parts_do_not_depend_on_what_was_asked_before():
-    "The same sizes in the first call and the next, the mode and batch norm's statistics untouched; no hook stays where the network fails."
-    net = nn.Sequential(nn.Conv2d(1, 512, 1), nn.BatchNorm2d(512), nn.Flatten(), nn.Linear(512 * 64, 4)).train() # 131 kB of an image
+    """The same sizes in the first call and the next.
+
+    The mode and batch norm's statistics are untouched; no hook stays where the network fails."""
+    layers = [nn.Conv2d(1, 512, 1), nn.BatchNorm2d(512), nn.Flatten(), nn.Linear(512 * 64, 4)]  # 131 kB of an image
+    net = nn.Sequential(*layers).train()
     calls = []
     for n in (10, 40, 300, 300): calls.append([len(p) for p in batches(net, torch.zeros(n, 1, 8, 8))])
-    assert calls == [[10], [40], [150, 150], [150, 150]]                            # 122 suit it: rather two of 150 than a third of 56
+    assert calls == [[10], [40], [150, 150], [150, 150]]  # 122 suit it: rather two of 150 than a third of 56
     assert net.training and net[1].num_batches_tracked == 0
     with pytest.raises(RuntimeError): batches(net, torch.zeros(40, 3, 8, 8))
     assert not [m for m in net.modules() if m._forward_hooks]

@@ -184,7 +184,9 @@ def test_options_that_changed(tmp_path):
 
 
 @pytest.mark.parametrize("text, words", [
-    ("{", "not valid JSON"), ("[]", "lacks recipe.flour, status"), ('{"recipe": 3, "status": ""}', "lacks recipe.flour"),
+    ("{", "not valid JSON"),
+    ("[]", "lacks recipe.flour, status"),
+    ('{"recipe": 3, "status": ""}', "lacks recipe.flour"),
     ('{"recipe": {"flour": 1}, "status": "finished"}', "lacks taste")])
 def test_damaged_descriptions(text, words, tmp_path):
     (tmp_path / "cake.json").write_text(text)

@@ -57,7 +57,9 @@ def sklearn_metrics(id_scores, ood_scores):
     def fpr(y, s):
         fpr, tpr, _ = skm.roc_curve(y, s, drop_intermediate=False)
         return fpr[np.argmax(tpr >= .95)]
-    return dict(auroc=skm.roc_auc_score(y, s), aupr_in=pr(1 - y, -s), aupr_out=pr(y, s), fpr95_id_positive=fpr(1 - y, -s), fpr95_ood_positive=fpr(y, s))
+    return dict(auroc=skm.roc_auc_score(y, s),
+                aupr_in=pr(1 - y, -s), aupr_out=pr(y, s),
+                fpr95_id_positive=fpr(1 - y, -s), fpr95_ood_positive=fpr(y, s))
 
 
 def test_agrees_with_scikit_learn():
@@ -69,7 +71,8 @@ def test_agrees_with_pytorch_ood():
     names = dict(auroc="AUROC", aupr_in="AUPR-IN", aupr_out="AUPR-OUT", fpr95_ood_positive="FPR95TPR")
     for i, o in cases(200, seed=1):
         ours = ood_metrics(i, o)
-        theirs = OODMetrics().update(torch.from_numpy(np.r_[i, o]), torch.cat([torch.zeros(len(i)), -torch.ones(len(o))]).long()).compute()
+        labels = torch.cat([torch.zeros(len(i)), -torch.ones(len(o))]).long()
+        theirs = OODMetrics().update(torch.from_numpy(np.r_[i, o]), labels).compute()
         assert {k: ours[k] for k in names} == pytest.approx({k: theirs[v] for k, v in names.items()}, rel=0, abs=1e-12)
 
 
@@ -96,7 +99,9 @@ def test_swapping_the_classes_and_the_sign_mirrors_everything():
 
 
 def test_a_rising_transform_of_the_scores_changes_nothing():
-    for i, o in cases(20, seed=5): assert ood_metrics(i, o) == ood_metrics(np.arctan(i / 1e3), np.arctan(o / 1e3)) or len({*i, *o}) > 300
+    for i, o in cases(20, seed=5):
+        transformed = ood_metrics(np.arctan(i / 1e3), np.arctan(o / 1e3))
+        assert ood_metrics(i, o) == transformed or len({*i, *o}) > 300
 
 
 def test_threshold_keeps_at_least_the_share_and_no_smaller_score_does():
@@ -117,7 +122,11 @@ def test_threshold_at_exact_shares(n):
 def test_every_input_type_gives_the_same():
     i, o = [0., 1., 1., 3.], [1., 4.]
     want = ood_metrics(i, o)
-    for make in (np.array, torch.tensor, lambda x: torch.tensor(x).half(), lambda x: torch.tensor(x).int(), lambda x: torch.tensor(x, requires_grad=True)):
+
+    def half(x): return torch.tensor(x).half()
+    def integer(x): return torch.tensor(x).int()
+    def with_gradient(x): return torch.tensor(x, requires_grad=True)
+    for make in (np.array, torch.tensor, half, integer, with_gradient):
         assert ood_metrics(make(i), make(o)) == want
 
 
@@ -174,10 +183,13 @@ def by_loop(a, b, metric, n, seed=0):
     rng, d = torch.Generator().manual_seed(seed), []
     for part in torch.arange(n).split(max(1, 2**20 // (len(a[0]) + len(a[1])))):
         drawn = [torch.randint(len(x), (len(part), len(x)), generator=rng) for x in a]
-        for i, o in zip(*drawn): d.append(ood_metrics(a[0][i], a[1][o])[metric] - ood_metrics(b[0][i], b[1][o])[metric])
+        for i, o in zip(*drawn):
+            of_a, of_b = (ood_metrics(known[i], unknown[o])[metric] for known, unknown in (a, b))
+            d.append(of_a - of_b)
     d = np.array(d)
     better = d > 0 if metric in HIGHER_IS_BETTER else d < 0
-    return dict(difference=ood_metrics(*a)[metric] - ood_metrics(*b)[metric], low=np.quantile(d, .025), high=np.quantile(d, .975),
+    return dict(difference=ood_metrics(*a)[metric] - ood_metrics(*b)[metric],
+                low=np.quantile(d, .025), high=np.quantile(d, .975),
                 p_better=np.mean(better) + np.mean(d == 0) / 2)
 
 
@@ -186,7 +198,8 @@ def test_paired_bootstrap_is_the_loop_it_replaces(metric):
     rng = np.random.default_rng(7)
     for k, a in enumerate(cases(11, seed=7)):
         b = [np.round(x + rng.normal(0, np.ptp(x[np.isfinite(x)]) / 5 + .1, len(x))) for x in a]  # infinities stay
-        assert paired_bootstrap(*a, *b, metric, n=20, seed=k) == pytest.approx(by_loop(a, b, metric, 20, k), rel=0, abs=1e-12)
+        want = by_loop(a, b, metric, 20, k)
+        assert paired_bootstrap(*a, *b, metric, n=20, seed=k) == pytest.approx(want, rel=0, abs=1e-12)
 
 
 def test_paired_bootstrap_in_several_parts():
@@ -205,7 +218,9 @@ def test_paired_bootstrap_is_antisymmetric_and_sees_only_the_order():
         x, y = paired_bootstrap(*a, *b, "auroc", n=200), paired_bootstrap(*b, *a, "auroc", n=200)
         assert x["difference"] == -y["difference"] and x["p_better"] == pytest.approx(1 - y["p_better"])
         assert (x["low"], x["high"]) == pytest.approx((-y["high"], -y["low"]))
-        for metric in METRICS: assert paired_bootstrap(*a, *map(np.exp, a), metric, n=50) == dict(difference=0, low=0, high=0, p_better=.5)
+        for metric in METRICS:
+            same_order = paired_bootstrap(*a, *map(np.exp, a), metric, n=50)
+            assert same_order == dict(difference=0, low=0, high=0, p_better=.5)
 
 
 # Uncertainty: its order and its values
@@ -234,9 +249,11 @@ def test_aurc_is_pytorch_oods_aurra_turned_round():
     rng = np.random.default_rng(11)
     for n in (1, 2, 50, 3000):
         scores, correct = rng.permutation(n).astype(float), rng.random(n) < .8
-        assert aurc(scores, correct) == pytest.approx(1 - aurra(-torch.from_numpy(scores), torch.from_numpy(correct)), rel=0, abs=1e-12)
-        assert aurc(scores, correct) == pytest.approx(selective_risk(scores, correct, rng, 1).mean(), rel=0, abs=1e-12)
-        assert aurc(~correct, correct) <= aurc(scores, correct) + 1e-12 and aurc(np.zeros(n), correct) == pytest.approx(np.mean(~correct))
+        ours, theirs = aurc(scores, correct), aurra(-torch.from_numpy(scores), torch.from_numpy(correct))
+        assert ours == pytest.approx(1 - theirs, rel=0, abs=1e-12)
+        assert ours == pytest.approx(selective_risk(scores, correct, rng, 1).mean(), rel=0, abs=1e-12)
+        assert aurc(~correct, correct) <= ours + 1e-12
+        assert aurc(np.zeros(n), correct) == pytest.approx(np.mean(~correct))
 
 
 def test_ece_by_its_definition():
@@ -272,11 +289,19 @@ def test_scores_by_their_definitions():
         p = z.double().softmax(1)
         one_hot = torch.nn.functional.one_hot(p.argmax(1), K).double()  # integers minus 1/K would be float32
         a, b = ((p - 1 / K)**2).sum(1), ((one_hot - 1 / K)**2).sum(1)
-        for score, want in ((msp, 1 - p.amax(1)), (entropy, -(p * p.log()).sum(1)), (max_logit, -z.double().amax(1)), (energy, -z.double().exp().sum(1).log()),
-                            (uncertainty, 1 - a / b), (garbage_probability, p[:, -1]), (garbage_log_odds, (p[:, -1] / p[:, :-1].sum(1)).log())):
+        defined = [
+            (msp, 1 - p.amax(1)),
+            (entropy, -(p * p.log()).sum(1)),
+            (max_logit, -z.double().amax(1)),
+            (energy, -z.double().exp().sum(1).log()),
+            (uncertainty, 1 - a / b),
+            (garbage_probability, p[:, -1]),
+            (garbage_log_odds, (p[:, -1] / p[:, :-1].sum(1)).log())]
+        for score, want in defined:
             assert score(z).dtype == torch.float64
             torch.testing.assert_close(score(z), want, rtol=1e-9, atol=1e-12)
-        for score in (msp, entropy, max_logit, energy, uncertainty): assert torch.equal(score(z, n_known=K - 1), score(z[:, :-1]))
+        for score in (msp, entropy, max_logit, energy, uncertainty):
+            assert torch.equal(score(z, n_known=K - 1), score(z[:, :-1]))
 
 
 def test_scores_do_not_tie_where_one_minus_p_does():
@@ -289,7 +314,8 @@ def test_scores_do_not_tie_where_one_minus_p_does():
 
 def test_scores_at_the_extremes():
     z = torch.tensor([[1e4, 0., 0.], [0., 0., 1e4], [0., 0., 0.], [-1e4, -1e4, -1e4], [1e38, -1e38, 0.]])
-    for score in (msp, entropy, uncertainty, energy, max_logit, garbage_log_odds, garbage_probability): assert score(z).isfinite().all()
+    for score in (msp, entropy, uncertainty, energy, max_logit, garbage_log_odds, garbage_probability):
+        assert score(z).isfinite().all()
     assert uncertainty(z).tolist() == [0, 0, 1, 1, 0] and garbage_probability(z)[:2].tolist() == [0, 1]
     for score in (msp, entropy, uncertainty, garbage_log_odds): assert score(z[:0]).shape == (0,)
 

@@ -52,14 +52,25 @@ def test_what_is_allowed():
 
 
 @pytest.mark.parametrize("text, name, value", [
-    ("minutes=7", "minutes", 7), (" minutes = 7 ", "minutes", 7), ("share=1e-1", "share", 0.1), ("fan=Yes", "fan", True),
-    ("fan=0", "fan", False), ("nuts=", "nuts", ()), ("nuts= a, b ,", "nuts", ("a", "b")), ("heat=low", "heat", "low")])
+    ("minutes=7", "minutes", 7),
+    (" minutes = 7 ", "minutes", 7),
+    ("share=1e-1", "share", 0.1),
+    ("fan=Yes", "fan", True),
+    ("fan=0", "fan", False),
+    ("nuts=", "nuts", ()),
+    ("nuts= a, b ,", "nuts", ("a", "b")),
+    ("heat=low", "heat", "low"),
+])
 def test_text_becomes_a_value(text, name, value): assert getattr(with_values(Bake(), [text]), name) == value
 
 
 @pytest.mark.parametrize("text, says", [
-    ("minuts=1", "unknown field 'minuts'; did you mean 'minutes'"), ("minutes=soon", "--set minutes=soon: expected int"),
-    ("fan=perhaps", "--set fan=perhaps: expected bool"), ("heat", "expected FIELD=VALUE"), ("minutes=0", "minutes is 0")])
+    ("minuts=1", "unknown field 'minuts'; did you mean 'minutes'"),
+    ("minutes=soon", "--set minutes=soon: expected int"),
+    ("fan=perhaps", "--set fan=perhaps: expected bool"),
+    ("heat", "expected FIELD=VALUE"),
+    ("minutes=0", "minutes is 0"),
+])
 def test_text_that_is_no_value(text, says): fails(lambda: with_values(Bake(), [text]), says)
 
 

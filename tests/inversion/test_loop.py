@@ -42,11 +42,13 @@ def same_files(a: Path, b: Path, rounds: int):
         assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), name
 
 
-# --- resume --------------------------------------------------------------------------------------------------------
+# --- resume ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stop", (3, 8, 10, 13))
 def test_resume_from_any_file_is_bit_identical(problem, config, tmp_path, dies_before, stop):
-    "The process dies just before the file with that number would be written, is resumed, and ends as an uninterrupted run."
+    """The process dies just before the file with that number would be written.
+
+    It is resumed, and ends as an uninterrupted run."""
     whole = run(config, tmp_path / "whole", problem=problem, progress=False)
     with dies_before(stop), pytest.raises(SystemExit):
         run(config, tmp_path / "part", problem=problem, progress=False)
@@ -90,7 +92,9 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
               "ood_sets=uniform", "eval_images=100", "size=16"]
     program = [sys.executable, "-c", "import sys; from nioodd.app.cli import main; sys.exit(main())"]
 
-    def heed_interrupts(): signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job is born ignoring them
+    def heed_interrupts():
+        "A shell's background job is born ignoring them."
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     p = subprocess.Popen([*program, "run", *(f"--set={v}" for v in values), "--out", str(tmp_path / "run")],
                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
     while p.poll() is None and finished_rounds(tmp_path / "run") < 0: time.sleep(0.05)
@@ -119,7 +123,7 @@ def test_checkpoint_cut_short(problem, config, tmp_path):
     assert run(config, tmp_path / "r", problem=problem, resume=True, progress=False)["after"] == info["after"]
 
 
-# --- folders ---------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 def test_folder_that_holds_something_else(problem, config, tmp_path):
     run(config, tmp_path / "r", problem=problem, progress=False)
@@ -132,7 +136,9 @@ def test_folder_that_holds_something_else(problem, config, tmp_path):
 
 
 def test_full_disk(problem, config, tmp_path, monkeypatch):
-    "The disk fills up in round 2: one line, nothing half-written, what was finished is kept and goes on once there is room."
+    """The disk fills up in round 2: one line, nothing half-written.
+
+    What was finished is kept and goes on once there is room."""
     real, count = os.fsync, 0
 
     def full(fd):
@@ -150,7 +156,7 @@ def test_full_disk(problem, config, tmp_path, monkeypatch):
     same_files(tmp_path / "whole", tmp_path / "r", config.rounds)
 
 
-# --- divergence -------------------------------------------------------------------------------------------------------
+# --- divergence -----------------------------------------------------------------------------------
 
 def test_diverged_classifier_keeps_the_last_good_checkpoint(problem, config, tmp_path, monkeypatch):
     real = Loop.train
@@ -160,7 +166,8 @@ def test_diverged_classifier_keeps_the_last_good_checkpoint(problem, config, tmp
             with torch.no_grad(): self.classifier.head.weight.fill_(float("nan"))
         return real(self, epochs)
     monkeypatch.setattr(Loop, "train", poisoned)
-    with pytest.raises(NiooddError, match="round 2: the classifier's cross-entropy became nan.*last good checkpoint is round 1"):
+    says = "round 2: the classifier's cross-entropy became nan.*last good checkpoint is round 1"
+    with pytest.raises(NiooddError, match=says):
         run(config, tmp_path / "r", problem=problem, progress=False)
     monkeypatch.undo()
     t, meta = load_tensors(max((tmp_path / "r/checkpoints").iterdir()))
@@ -179,7 +186,7 @@ def test_diverged_generator_names_the_term(problem, config, tmp_path, monkeypatc
         run(config, tmp_path / "r", problem=problem, progress=False)
 
 
-# --- problems that are none --------------------------------------------------------------------------------------------
+# --- problems that are none -----------------------------------------------------------------------
 
 def test_one_class_and_empty_class(config, problem, tmp_path):
     one = squares(50, 0, classes=1)
@@ -244,7 +251,7 @@ def test_data_lists_every_set(capsys, tmp_path):
     assert str(tmp_path) in out and "nioodd data --download svhn" in out
 
 
-# --- what is excluded ----------------------------------------------------------------------------------------------
+# --- what is excluded -----------------------------------------------------------------------------
 
 def test_far_excludes_neither_garbage_nor_what_is_like_a_training_image(problem, config):
     far = Loop(with_values(config, ["exclude=far"]), problem, progress=False)
@@ -262,8 +269,9 @@ def test_judge_says_what_the_uncertainty_is_good_for():
     known = torch.tensor([[sure, 0, 0], [0, sure, 0], [0, sure, 0], [unsure, 0, 0]])
     row = judge(known, torch.tensor([0, 1, 1, 1]), dict(there=torch.tensor([[0, 0, sure - 1], [0, 2 * unsure, 0]])))
     assert row["id"]["predicted"] == [2, 2, 0] and row["ood"]["there"]["predicted"] == [0, 1, 1]
-    assert row["id"]["aurc"] == pytest.approx(1 / 16)              # the error comes last: risk 0, 0, 0, ¼
-    assert row["ood"]["there"]["aurc"] == pytest.approx(1 / 4)     # and 0, ½
-    assert row["ood"]["there"]["ue_auroc"] == 0.75                 # both above the three sure digits, below the unsure one
+    assert row["id"]["aurc"] == pytest.approx(1 / 16)  # the error comes last: risk 0, 0, 0, ¼
+    assert row["ood"]["there"]["aurc"] == pytest.approx(1 / 4)  # and 0, ½
+    # both above the three sure digits, below the unsure one
+    assert row["ood"]["there"]["ue_auroc"] == 0.75
     confidence = torch.tensor([unsure, 0, 0]).double().softmax(0)[0].item()
     assert row["id"]["ece"] == pytest.approx(confidence / 4, abs=1e-6)

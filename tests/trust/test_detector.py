@@ -46,7 +46,8 @@ def test_scores_do_not_depend_on_the_batch_or_its_order(detector):
     one_by_one = torch.cat([detector.predict(i[None]) for i in x])
     in_another_order = detector.predict(x[order])[order.argsort()]
     behind_others = detector.predict(torch.cat([images(7, 3), x]))[7:]
-    for other in (one_by_one, in_another_order, behind_others): torch.testing.assert_close(other, whole, rtol=1e-4, atol=1e-4)
+    for other in (one_by_one, in_another_order, behind_others):
+        torch.testing.assert_close(other, whole, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", [None, "own"])
@@ -57,11 +58,13 @@ def test_saved_and_loaded_detectors_score_alike(network, tmp_path, model):
     d = TrustIntervalDetector(net, uniform_sigma(net, .2, norm=True), "kl_to_mean", n=4, seed=3, distribution="laplace")
     d.fit(held_out=images(100))
     again = loaded()
-    assert type(again) is TrustIntervalDetector and again.arguments() == d.arguments() and again.threshold == d.threshold
+    assert type(again) is TrustIntervalDetector and again.arguments() == d.arguments()
+    assert again.threshold == d.threshold
     assert torch.equal(again.predict(x), d.predict(x))
     d.siblings.grow(5).redraw(9)
     for use in (lambda: d.is_ood(images(3)), lambda: d.save(tmp_path)):
-        with pytest.raises(NiooddError, match="grown or been redrawn"): use()  # The threshold is of the siblings of before
+        # The threshold is of the siblings of before
+        with pytest.raises(NiooddError, match="grown or been redrawn"): use()
     d.fit(held_out=images(100))
     again = loaded()
     assert (again.siblings.n, again.siblings.seed) == (5, 9) and torch.equal(again.predict(x), d.predict(x))

@@ -233,7 +233,9 @@ def reference(trust, x, y, draws, run, lambda1, lambda2, regulariser):
     sigma = {k: r.exp().log1p() for k, r in rho.items()}
     own = {k: p.detach() for k, p in trust.model.named_parameters()}
     z = []
-    for e in [draw(trust.rho) for _ in range(draws)]: z.append(run(own | {k: own[k] + s * e[k] for k, s in sigma.items()}, x))
+    for e in [draw(trust.rho) for _ in range(draws)]:
+        sibling = own | {k: own[k] + s * e[k] for k, s in sigma.items()}
+        z.append(run(sibling, x))
     p = torch.stack(z).softmax(-1)
     nll, variance = -p[:, range(len(y)), y].log().mean(), p.var(0).sum(1).mean()
     R = REGULARISERS[regulariser](s / trust.scale[k] for k, s in sigma.items())
@@ -314,7 +316,9 @@ def test_a_step_after_the_network_was_changed():
 
 
 def test_what_is_not_simplified():
-    "Norms that are noisy, hooks, what cannot be traced, a weight that another layer shares with a convolution before a norm."
+    """Norms that are noisy, hooks, what cannot be traced, and one kind of shared weight.
+
+    Another layer shares it with a convolution before a norm."""
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -363,7 +367,8 @@ def test_a_loss_that_is_not_finite_names_the_term_and_changes_nothing(network):
 
 def test_no_gradient_is_said(network):
     net = Behind(network, nn.Identity(), kept=False)
-    with pytest.raises(NiooddError, match="no gradient"): TrustIntervals(net).fit([batch_of(10)], steps=1, progress=False)
+    with pytest.raises(NiooddError, match="no gradient"):
+        TrustIntervals(net).fit([batch_of(10)], steps=1, progress=False)
 
 
 # Learning
@@ -438,7 +443,8 @@ def test_layers_that_the_answer_does_not_depend_on_are_named():
             super().__init__()
             self.head, self.other = nn.Linear(64, 4), nn.Linear(64, 4)
         def forward(self, x): return self.head(x.flatten(1)) + (self.other(x.flatten(1)) if self.training else 0)
-    with pytest.warns(UserWarning, match="do not depend on other.weight, other.bias; their intervals only grow") as caught:
+    said = "do not depend on other.weight, other.bias; their intervals only grow"
+    with pytest.warns(UserWarning, match=said) as caught:
         TrustIntervals(TwoHeads()).fit([batch_of(20)], steps=1, progress=False)
     assert caught[0].filename == __file__
 
