@@ -3,6 +3,7 @@
 
     python .ci/outputs.py NOTEBOOK...            executes them in place, and leaves them as they are committed
     python .ci/outputs.py --check [NOTEBOOK...]  executes them (all) in memory, and says where what is committed differs
+    python .ci/outputs.py --check --at-most 10   of all only those that took 10 seconds at most, by .ci/seconds.json
 
 As committed: cleaned by nbdev_clean, no progress bars, and no widgets, which need a kernel: what stands beside them
 (a picture) stays.
@@ -16,6 +17,7 @@ Not compared: how long something took (a number with a unit of time, or after "s
 names a rate (images/s), in the notebooks of `SPEEDS` all numbers, temporary paths, progress bars."""
 import argparse
 import base64
+import json
 import os
 import re
 import subprocess
@@ -245,16 +247,25 @@ def all_notebooks() -> list[Path]:
     return [p for p in sorted(nbs.rglob("*.ipynb")) if p not in hidden]
 
 
+def quick(paths: list[Path], seconds: float) -> list[Path]:
+    "Those that `.ci/heads.py --time` found to take `seconds` at most; one that it has not timed is none."
+    known = json.loads((root / ".ci" / "seconds.json").read_text(encoding="utf-8"))
+    return [p for p in paths if known.get(f"{notebook_name(p)}.ipynb", seconds + 1) <= seconds]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("notebooks", nargs="*", type=Path, metavar="NOTEBOOK")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 when an output differs")
     parser.add_argument("--tolerance", type=float, default=0.05, metavar="SHARE",
                         help="by which numbers may differ (default %(default)s)")
+    parser.add_argument("--at-most", type=float, metavar="SECONDS",
+                        help="of all notebooks only those that .ci/seconds.json says are as quick")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time (default %(default)s)")
     args = parser.parse_args()
     if not (args.notebooks or args.check): parser.error("name the notebooks to execute in place (or --check)")
     paths = [p.absolute() for p in args.notebooks or all_notebooks()]
+    if args.at_most is not None: paths = quick(paths, args.at_most)
     if gone := [p for p in paths if not p.is_file()]: sys.exit(f"{gone[0]} is not there")
 
     def one(path: Path) -> bool:  # Is it at fault?

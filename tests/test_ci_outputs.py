@@ -166,3 +166,13 @@ def test_executes_and_compares(tmp_path, monkeypatch, capsys):
     nbformat.write(nb, path)
     capsys.readouterr()
     assert run("--check") and "committed: stop 2\n      now: step 2" in capsys.readouterr().out
+
+
+def test_only_the_quick_ones(tmp_path, monkeypatch):
+    (tmp_path/".ci").mkdir()
+    (tmp_path/".ci"/"seconds.json").write_text('{"core/00_one.ipynb": 10, "core/01_two.ipynb": 11}')
+    monkeypatch.setattr(outputs, "root", tmp_path)
+    names = ["core/00_one", "core/01_two", "core/02_not_timed"]
+    paths = [tmp_path/"nbs"/f"{name}.ipynb" for name in names]
+    assert outputs.quick(paths, 10) == paths[:1]
+    assert outputs.quick(paths, 11) == paths[:2]

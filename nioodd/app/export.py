@@ -40,7 +40,7 @@ class Verdict(nn.Module):
                               "the network in one: nioodd.LayerwiseDetector(net).fit(train, held_out)")
         detector.rejects(torch.zeros(1)) # Raises an error where there is no threshold
         self.detector = detector.in_one_pass()
-        self.networks = nn.ModuleList(self.detector.networks)
+        self.networks = nn.ModuleList(self.detector.exported_networks)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         verdict = self.detector.verdict(images)

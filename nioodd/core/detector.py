@@ -212,7 +212,7 @@ class Detector(pytorch_ood.api.Detector):
     for a yes or no before there is a threshold."""
 
     requires_fit = False # Whether `learn` needs images that the network was trained on
-    networks: list[nn.Module] = [] # Of a copy by `in_one_pass`: those that it runs
+    exported_networks: list[nn.Module] = [] # Empty, but in a copy by `in_one_pass`: those that it runs
 
     def __init__(self,
         model: nn.Module, # Images → logits [B, K]; used in eval mode, left in the mode it is in
@@ -292,7 +292,7 @@ def calibrate(self: Detector,
 @patch
 def fit(self: Detector,
     train=None, # Images that the network was trained on, see `all_images`
-    held_out=None, # ID images that it was not trained on; None: a part of `train`
+    held_out=None, # ID images that it was not trained on; None: a part of `train`, then not trained on either
     *,
     false_alarms: float = 0.05, # Share of known images that the threshold may reject
     **options, # Of `learn`
@@ -318,11 +318,11 @@ def _split(self: Detector, train: Tensor) -> tuple[Tensor, Tensor]:
 @patch
 def logits(self: Detector, x: Tensor) -> Tensor: # x [B, C, H, W] → [B, K], on the CPU
     "Logits of the network, in eval mode."
-    return self.networks[0](as_input(x)) if self.networks else logits_of(self.model, x)
+    return self.exported_networks[0](as_input(x)) if self.exported_networks else logits_of(self.model, x)
 
 @patch
 def p_values(self: Detector, scores: Tensor) -> Tensor: # scores [B] → float64 [B] in (0, 1]
-    "Conformal p-values: how likely it is for a known image to have a score as high."
+    "Conformal p-values: the share of known images with a score as high; see `conformal_p_values`."
     if self.calibration is None:
         raise NiooddError(f"this {type(self).__name__} has no calibration; expected fit(train, held_out) first")
     return conformal_p_values(scores, self.calibration)
@@ -375,7 +375,7 @@ def verdict_of(self: Detector,
     scores: Tensor, # [B]
 ) -> dict[str, Tensor]: # All [B]
     """`label` int64, the likeliest known class; `uncertainty` float64 in [0, 1], U over the known classes;
-    `p_value` float64 in (0, 1], where there is a calibration; `score`; `ood` bool."""
+    `p_value` float64 in (0, 1], where there is a calibration; `score`; `ood` bool, at the rate given to `fit`."""
     self.check_outputs(logits.shape[1])
     known = logits[:, :self.n_known]
     verdict = dict(label=known.argmax(1), uncertainty=uncertainty(known))
@@ -400,17 +400,17 @@ def details_of(self: Detector, logits: Tensor) -> dict[str, Tensor]: # logits [B
 # %% ../../nbs/core/12_detector.ipynb #b88ea3b6
 @patch
 def in_one_pass(self: Detector) -> Detector:
-    "A copy on the CPU whose `verdict` takes a batch as it is; its `networks` are those that it runs."
+    "A copy on the CPU whose `verdict` takes a batch as it is; its `exported_networks` are those that it runs."
     twin = copy.copy(self)
     twin.model = copy.deepcopy(self.model).cpu().to(memory_format=torch.contiguous_format)
     twin.model.eval().requires_grad_(False)
-    twin.networks = [twin.model]
+    twin.exported_networks = [twin.model]
     return twin
 
 @patch
 def parts(self: Detector, x: Tensor) -> Iterable[Tensor]: # x [B, C, H, W]
     "Images in parts that suit the network; of a copy by `in_one_pass` all of them at once."
-    return [x] if self.networks else batches(self.model, x)
+    return [x] if self.exported_networks else batches(self.model, x)
 
 # %% ../../nbs/core/12_detector.ipynb #b3e3a433
 @patch

@@ -102,7 +102,7 @@ def sibling_logits(self: TrustIntervalDetector,
     batch_size: int = 500, # Images at a time
 ) -> Tensor: # [S, B, K], on the CPU
     "Logits of all siblings, the network's own first, in eval mode."
-    if self.networks: return torch.stack([network(as_input(x)) for network in self.networks])
+    if self.exported_networks: return torch.stack([network(as_input(x)) for network in self.exported_networks])
     siblings = self.drawn_siblings()
     logits = [siblings.logits(as_input(part, self.model)) for part in x.split(batch_size)]
     return torch.cat(logits, 1).cpu()
@@ -194,11 +194,11 @@ def explain(self: TrustIntervalDetector, x: Tensor) -> dict[str, Tensor]: # Imag
 def in_one_pass(self: TrustIntervalDetector) -> TrustIntervalDetector:
     "As of any detector; `networks` are the siblings."
     made, drawn = Detector.in_one_pass(self), self.drawn_siblings()
-    made.networks = []
+    made.exported_networks = []
     for i in range(len(drawn)):
         weights = {name: w.cpu() for name, w in drawn.weights(i).items()}
         network = sibling(made.model, weights).to(memory_format=torch.contiguous_format)
-        made.networks.append(network)
+        made.exported_networks.append(network)
     return made
 
 # %% ../../nbs/trust/04_detector.ipynb #4adb3ac1
