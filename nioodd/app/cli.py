@@ -93,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
 ROOT = argument("--root", metavar="FOLDER",
                 help="where the image sets are (default: NIOODD_DATA, else a cache folder; see `nioodd data`)")
 DEVICE = argument("--device", default="auto", help="cpu, cuda, cuda:1 … or auto")
-SET = argument("--set", action="append", default=[], metavar="FIELD=VALUE", dest="settings",
+SET = argument("--set", action="append", default=[], metavar="OPTION=VALUE", dest="settings",
                help="change an option; may be repeated; see --fields")
 FIELDS = argument("--fields", action="store_true", help="list the options, and stop")
 OPTIONS = ROOT, DEVICE, SET, FIELDS

@@ -235,7 +235,7 @@ def _check_request(
 
 # %% ../../nbs/core/06_datasets.ipynb #e16f2364
 def load(
-    name: str, # One of `SOURCES` or folder:PATH; with -inverted at its end: 255 − pixel
+    name: str, # One of `SOURCES` or folder:PATH; -inverted at its end: its negative, 255 − pixel
     split: str = "train", # "train", "test" or "all" (both, train first)
     *,
     size: int | None = None, # Height and width wanted; None: the set's own
@@ -723,8 +723,8 @@ class Problem:
     train: ImageSet # Labelled
     test: ImageSet # Labelled
     ood: dict[str, ImageSet] # To be judged, never trained on
-    held_out: ImageSet | None = None # ID images taken from `train`, for choosing a round
-    validation: dict[str, ImageSet] = field(default_factory=dict) # OOD sets for choosing a round; disjoint from `ood`
+    held_out: ImageSet | None = None # ID images not trained on: to choose by, and for the threshold
+    validation: dict[str, ImageSet] = field(default_factory=dict) # OOD sets to choose by only
 
     @property
     def n_known(self) -> int: return len(self.train.classes)
@@ -752,12 +752,12 @@ def _train_and_test(id_set: str, **shape) -> tuple[ImageSet, ImageSet]:
 def load_problem(
     id_set: str, # Name of the in-distribution set
     ood_sets: Sequence[str] = (), # Names of the sets to be judged
-    validation_sets: Sequence[str] = (), # Names of OOD sets for choosing a round; unused without held-out images
+    validation_sets: Sequence[str] = (), # Names of OOD sets to choose by; only with held-out images
     *,
     size: int | None = None, # Height and width of all images, pixels
     channels: int | None = None,
     train_images: int = 0, # Use the first so many training images; 0: all
-    validation_images: int = 0, # Of these, how many are held out
+    validation_images: int = 0, # Of these, how many are held out: ID images
     ood_split: str = "test", # Part of the OOD sets
     root: str | os.PathLike | None = None, # Where the data are; see `data_root`
 ) -> Problem:

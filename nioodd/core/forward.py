@@ -181,7 +181,9 @@ def batches(
     batch_size: int | None = None, # None: 500 on a GPU; on a CPU what makes `BYTES_AT_ONCE`
     run: Callable[[Tensor], object] | None = None, # How the network is run; None: it is called
 ) -> tuple[Tensor, ...]: # Parts of `images`, in order
-    "`images` in parts that suit the network and its device. Errors as `check_images`."
+    """`images` in parts of about one size that suits the network and its device.
+
+    On a CPU a part may hold up to half more images than suit. Errors as `check_images`."""
     if not isinstance(images, Tensor) or images.ndim != 4: check_images(images)
     own = floating_tensor(model)
     on_cpu = own is None or own.device.type == "cpu"

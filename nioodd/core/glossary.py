@@ -18,10 +18,19 @@ IMAGES = {
     "held-out images":
         "ID images that are kept out of the training, to set thresholds and to make choices.",
     "false alarm": "An ID image that is rejected.",
+    "false alarm rate":
+        "The share of ID images that are rejected. With false_alarms=0.05 a detector rejects "
+        "where p ≤ 0.05. That is at most 5 % of ID images on average.",
     "p-value":
-        "The share of held-out ID images whose score is at least as high as that of the "
-        "image, which is itself counted. Rejecting where p ≤ 0.01 gives at most 1 % false "
-        "alarms on average.",
+        "Put the image among the n held-out ID images. Its p-value is the share of these n + 1 "
+        "whose score is at least as high as its own. At 0.01, one known image in a hundred "
+        "looks as strange.",
+    "calibration":
+        "Of a detector: setting its threshold by the scores of held-out ID images. Of "
+        "confidences: answers given with confidence 90 % are right in 90 of 100 cases.",
+    "negative":
+        "The photographic negative of an image set, 255 − pixel. The name of such a set ends in "
+        "-inverted. It has nothing to do with network inversion.",
 }
 
 # %% ../../nbs/core/13_glossary.ipynb #ba3ba78e
@@ -46,7 +55,7 @@ METRIC_WORDS = {
         "ID images whose largest logit of all is the right one. An ID image that is taken for "
         "garbage counts as wrong.",
     "detected at argmax":
-        "OOD images whose largest logit is the garbage one. The papers' \"OOD test accuracy\".",
+        "OOD images whose largest logit is the garbage one. Paper 1's \"OOD test accuracy\".",
     "rejected at argmax":
         "ID images whose largest logit is the garbage one: the price of \"detected at argmax\".",
 }

@@ -125,7 +125,7 @@ def train_epoch(
 ) -> dict[str, float]: # Weighted mean `loss` and plain `accuracy` over the epoch, in training mode
     """One epoch of weighted cross-entropy over `images` in random order (torch's global generator).
 
-    `learning_rate` is a function of the share of the epoch that is done, in [0, 1). The last
+    `learning_rate` is a function of the share of *this epoch* that is done, in [0, 1). The last
     incomplete batch is trained on too, unless it is a single image: batch norm needs two.
     Raises `NiooddError` when the loss is not finite."""
     device = next(model.parameters()).device

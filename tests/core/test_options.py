@@ -65,10 +65,10 @@ def test_text_becomes_a_value(text, name, value): assert getattr(with_values(Bak
 
 
 @pytest.mark.parametrize("text, says", [
-    ("minuts=1", "unknown field 'minuts'; did you mean 'minutes'"),
+    ("minuts=1", "unknown option 'minuts'; did you mean 'minutes'"),
     ("minutes=soon", "--set minutes=soon: expected int"),
     ("fan=perhaps", "--set fan=perhaps: expected bool"),
-    ("heat", "expected FIELD=VALUE"),
+    ("heat", "expected OPTION=VALUE"),
     ("minutes=0", "minutes is 0"),
 ])
 def test_text_that_is_no_value(text, says): fails(lambda: with_values(Bake(), [text]), says)
@@ -77,8 +77,8 @@ def test_text_that_is_no_value(text, says): fails(lambda: with_values(Bake(), [t
 def test_json_and_back():
     cake = Bake(35, nuts=("walnut", "pecan"))
     assert to_dict(cake)["nuts"] == ["walnut", "pecan"] and from_dict(Bake, to_dict(cake)) == cake
-    fails(lambda: from_dict(Bake, to_dict(cake) | dict(salt=1)), "unknown field 'salt'")
-    fails(lambda: from_dict(Bake, {k: v for k, v in to_dict(cake).items() if k != "fan"}), "lacks fan")
+    fails(lambda: from_dict(Bake, to_dict(cake) | dict(salt=1)), "unknown option 'salt'")
+    fails(lambda: from_dict(Bake, {k: v for k, v in to_dict(cake).items() if k != "fan"}), "lack fan")
 
 
 def test_differences_and_settings():
@@ -88,7 +88,7 @@ def test_differences_and_settings():
     assert with_values(Bake(), settings(cake, Bake())) == cake and not differences(cake, cake)
 
 
-def test_every_field_is_documented():
+def test_every_option_is_documented():
     rows = field_docs(Bake())
     assert [name for name, _, _ in rows] == ["minutes", "share", "heat", "fan", "nuts"]
     assert rows[2] == ("heat", "medium", "of the oven (low, medium, high)") and rows[4][1] == "almond"

@@ -201,7 +201,7 @@ def test_one_class_and_empty_class(config, problem, tmp_path):
 
 @pytest.mark.parametrize("args, message", [
     (["run", "quikstart"], "did you mean 'quickstart'"),
-    (["run", "--set", "lamda=3"], "unknown field"),
+    (["run", "--set", "lamda=3"], "unknown option"),
     (["run", "--set", "id_set=minst"], "did you mean 'mnist'"),
     (["run", "--set", "noise=gausian"], "did you mean 'gaussian'"),
     (["run", "exp1", "--root", "no-such-folder"], "no-such-folder"),
