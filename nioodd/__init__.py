@@ -12,6 +12,7 @@ import importlib
 NAMES = { # Name → module that has it
     "load": "core.datasets", "ImageSet": "core.images",
     "Detector": "core.detector", "LayerwiseDetector": "posthoc.layerwise",
+    "ScoreDetector": "posthoc.score_detector",
     "GarbageDetector": "inversion.detector", "invert": "inversion.invert",
     "TrustIntervalDetector": "trust.detector", "TrustIntervals": "trust.intervals", "Siblings": "trust.siblings",
     "train_classifier": "benchmark.recipes", "load_classifier": "benchmark.recipes",

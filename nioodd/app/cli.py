@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from ..core.errors import NiooddError, unknown
-from ..core.options import field_docs, from_dict, settings, with_values
-from ..inversion.config import PRESETS, Config, preset
+from ..core.options import field_docs, settings, with_values
+from ..inversion.config import PRESETS, Config, preset, stored_config
 
 # %% ../../nbs/app/02_cli.ipynb #eb09b78c
 class Argument(NamedTuple):
@@ -147,7 +147,7 @@ def _configuration(a: argparse.Namespace, out: Path, name: str) -> Config:
     given = a.settings + _short_settings(a, "seed", "rounds")
     if not (a.resume and a.preset is None and not given): return with_values(preset(name), given)
     from nioodd.inversion.loop import read_run
-    return from_dict(Config, read_run(out)["config"])
+    return stored_config(read_run(out)["config"])
 
 # %% ../../nbs/app/02_cli.ipynb #4a0ff57f
 def _canonical(words: list[str], options, base) -> str:

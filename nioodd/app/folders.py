@@ -24,8 +24,7 @@ from ..core.files import ResumableFolder, check_empty, load_tensors, provenance,
 from ..core.images import ImageSet
 from ..core.metrics import known_accuracy, ood_metrics
 from ..core.models import Classifier
-from ..core.options import from_dict
-from ..inversion.config import Config
+from ..inversion.config import stored_config
 from ..inversion.loop import config_problem, read_run
 from ..posthoc.layerwise import LayerwiseDetector
 from ..trust.detector import TrustIntervalDetector, TrustOptions, fit_problem
@@ -42,7 +41,7 @@ def folder_problem(
         recipe = read_recipe(folder)
         return model, info, recipe_data(replace(recipe, data=data or recipe.data), root)
     if "config" in info:
-        config = from_dict(Config, info["config"])
+        config = stored_config(info["config"])
         config = replace(config, id_set=data or config.id_set, ood_sets=(), validation_sets=())
         return model, info, config_problem(config, root)
     raise NiooddError(f"{folder} does not say what its network was trained on; "
@@ -183,7 +182,7 @@ def beside_run(
     "Learn trust intervals around a run's classifier of round 0 and judge them, unless that is done."
     folder, info = Path(folder), read_run(folder)
     if "trust" in info: return info["trust"]
-    config = from_dict(Config, info["config"])
+    config = stored_config(info["config"])
     problem, model = config_problem(config, root), _first_classifier(folder)
     start = time.perf_counter()
     options = TrustOptions(steps=max(1, config.trust_steps), seed=config.seed)

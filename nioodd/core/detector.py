@@ -285,6 +285,8 @@ def calibrate(self: Detector,
     false_alarms: float = 0.05, # Share of known images that may be rejected
 ) -> Detector: # Itself
     "Keeps the scores, for p-values, and sets the threshold. Raises `NiooddError` for too few scores."
+    if isinstance(scores, Tensor) and scores.ndim != 1:
+        raise NiooddError(f"scores have shape {list(scores.shape)}; expected one per image, [n]")
     calibration = checked_scores(scores, "ID scores").sort().values
     self.threshold, self.calibration = threshold_for(calibration, false_alarms), calibration
     return self
@@ -301,11 +303,17 @@ def fit(self: Detector,
     train = None if train is None else all_images(train)
     if held_out is None and train is None:
         raise NiooddError("no images; expected fit(train, held_out), or fit(held_out=images)")
+    if train is None and self.requires_fit:
+        raise NiooddError(f"a {type(self).__name__} learns from images that the network was trained on; "
+                          "expected fit(train, held_out)")
     if held_out is None: train, held_out = self._split(train)
     held_out = all_images(held_out)
     if not len(held_out):
         raise NiooddError("held_out is empty; expected ID images that the network was not trained on")
     left = self.learn(train, held_out, **options)
+    if left is None:
+        raise NiooddError(f"{type(self).__name__}.learn returned None; "
+                          "expected the held-out images that are left to calibrate by")
     return self.calibrate(self.predict(left), false_alarms)
 
 @patch
@@ -429,7 +437,9 @@ def detector_class(base: type, name: str) -> type:
     if name == base.__name__: return base
     if name not in DETECTORS: getattr(importlib.import_module("nioodd"), name, None) # Imports one of ours
     known = {k: c for k, c in DETECTORS.items() if issubclass(c, base)}
-    if name not in known: raise unknown("kind of detector", name, known)
+    if name not in known:
+        raise NiooddError(f"{unknown('kind of detector', name, known)}; if it is one of your own, "
+                          "import the module that defines it first")
     return known[name]
 
 # %% ../../nbs/core/12_detector.ipynb #97e0e683

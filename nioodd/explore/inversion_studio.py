@@ -29,12 +29,11 @@ from ..core.files import load_tensors
 from ..core.forward import features_of
 from ..core.images import ImageSet, resize, to_uint8
 from ..core.models import Classifier
-from ..core.options import from_dict
 from ..core.registry import patch
 from ..core.scores import uncertainty
 from ..core.show import COLOURS, HATCHES, MUTED, WRONG, Plot, embedding, grid, line_style, percent, style
 from .explorer import Explorer, Picture
-from ..inversion.config import Config
+from ..inversion.config import Config, stored_config
 from ..inversion.generator import CONDITIONINGS, Conditions, Generator
 from ..inversion.invert import LOSSES, Inverted, TrainingOptions, frozen, image_shape, train_generator
 from ..inversion.loop import read_run
@@ -113,7 +112,7 @@ def load_round(
     found, generator = Inverted(*(samples[k] for k in Inverted._fields)), None
     checkpoint = path("checkpoints", number)
     if checkpoint.is_file():
-        generator = _load_generator(checkpoint, from_dict(Config, info["config"]), after)
+        generator = _load_generator(checkpoint, stored_config(info["config"]), after)
     return Round(number, found, before, after, generator)
 
 # %% ../../nbs/explore/04_inversion_studio.ipynb #f48001d9

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['LETTERS', 'PRESETS', 'ImageFields', 'ClassifierFields', 'GarbageFields', 'GeneratorFields', 'LossFields',
-           'ConditionFields', 'ExclusionFields', 'Config', 'preset']
+           'ConditionFields', 'ExclusionFields', 'Config', 'stored_config', 'preset']
 
 # %% ../../nbs/inversion/03_config.ipynb #a52c9a19
 from dataclasses import dataclass
 
 from ..core.errors import NiooddError
-from ..core.options import check_options, option
+from ..core.options import check_options, from_dict, option
 from ..core.registry import Registry, patch
 
 # %% ../../nbs/inversion/03_config.ipynb #ed618ffd
@@ -99,6 +99,8 @@ class LossFields:
         ("forward", "reverse"))
     normalise_features: bool = option(True,
         "divide features by their length before the orthogonality loss")
+    losses: tuple[str, ...] = option((),
+        "other losses that count, with their weights, as smoothness:100")
 
 # %% ../../nbs/inversion/03_config.ipynb #2a04226a
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ class Config(ExclusionFields, ConditionFields, LossFields, GeneratorFields,
     def __post_init__(self):
         check_options(self)
         _check_validation(self)
+        _other_losses(self.losses)
 
 # %% ../../nbs/inversion/03_config.ipynb #0d4a840e
 def _check_validation(config: Config) -> None:
@@ -162,6 +165,20 @@ def _check_validation(config: Config) -> None:
         raise NiooddError(f"{', '.join(both)}: in validation_sets and in ood_sets; "
                           "a set that chooses must not judge: take it out of one")
 
+# %% ../../nbs/inversion/03_config.ipynb #c0ffee01
+def _other_losses(losses: tuple[str, ...]) -> dict[str, float]:
+    "Loss → weight of texts as smoothness:100. Raises `NiooddError` for one that is no such text."
+    found = {}
+    for text in losses:
+        name, _, weight = text.partition(":")
+        try: found[name] = float(weight)
+        except ValueError:
+            raise NiooddError(f"losses has {text!r}; expected NAME:WEIGHT, as smoothness:100") from None
+        if name in LETTERS:
+            raise NiooddError(f"losses has {text!r}, which has an option of its own; "
+                              f"give --set {LETTERS[name]}={weight}")
+    return found
+
 # %% ../../nbs/inversion/03_config.ipynb #df84d272
 LETTERS = dict(kl="alpha", ce="beta", cosine="gamma", ortho="delta") # Loss → field of its weight
 
@@ -169,12 +186,22 @@ LETTERS = dict(kl="alpha", ce="beta", cosine="gamma", ortho="delta") # Loss → 
 def loss_weights(self: Config) -> dict[str, float]:
     "Loss → weight. With hard conditions only cross-entropy and cosine similarity count."
     weights = {name: getattr(self, field) for name, field in LETTERS.items()}
-    return weights | dict(kl=0.0, ortho=0.0) if self.hard else weights
+    if self.hard: weights |= dict(kl=0.0, ortho=0.0)
+    return weights | _other_losses(self.losses)
 
 @patch(property)
 def loss_options(self: Config) -> dict[str, dict]:
     "Loss → its options."
     return dict(kl=dict(direction=self.kl_direction), ortho=dict(normalise=self.normalise_features))
+
+# %% ../../nbs/inversion/03_config.ipynb #c0ffee04
+def stored_config(
+    values: dict, # As `to_dict` made them
+) -> Config:
+    """The configuration of a saved run. Runs older than `losses` have none.
+
+    Raises `NiooddError` for an unknown or a missing option."""
+    return from_dict(Config, dict(losses=[]) | values)
 
 # %% ../../nbs/inversion/03_config.ipynb #567a90b5
 PRESETS = Registry("preset") # Name → (what it is, configuration)

@@ -43,7 +43,7 @@ from nioodd.core.metrics import (
     rejected_at_argmax,
 )
 from ..core.models import Classifier
-from ..core.options import differences, from_dict, to_dict
+from ..core.options import differences, to_dict
 from ..core.registry import patch
 from ..core.scores import garbage_log_odds, uncertainty
 from nioodd.core.training import (
@@ -56,10 +56,10 @@ from nioodd.core.training import (
     seeded,
     train_epoch,
 )
-from .config import Config
+from .config import Config, stored_config
 from .detector import GarbageDetector
 from .generator import Conditions, Generator
-from .invert import Inverted, TrainingOptions, cosine_loss, draw, frozen, train_generator
+from .invert import Inverted, TrainingOptions, cosine_loss, draw, frozen, loss_weights, train_generator
 from .outliers import family_names, outliers
 
 # %% ../../nbs/inversion/05_loop.ipynb #75bc545b
@@ -386,13 +386,10 @@ def _train_generator(self: Loop) -> dict[str, float]:
     "The mean loss terms of the generator's training."
     c = self.config
     if c.generator_restart: self.new_generator()
-    weights = dict(kl=c.alpha, ce=c.beta, cosine=c.gamma, ortho=c.delta)
-    if c.hard: weights |= dict(kl=0.0, ortho=0.0)
-    loss_options = dict(kl=dict(direction=c.kl_direction), ortho=dict(normalise=c.normalise_features))
     return train_generator(
         self.generator, self.judged, self.generator_optimiser,
         steps=c.generator_steps, batch_size=c.generator_batch,
-        weights=weights, loss_options=loss_options, conditions=self._conditions(),
+        weights=c.loss_weights, loss_options=c.loss_options, conditions=self._conditions(),
         options=TrainingOptions(c.frozen_mode, precision=self.precision), progress=self.progress)
 
 # %% ../../nbs/inversion/05_loop.ipynb #64579732
@@ -554,7 +551,7 @@ def _begin(out: Path, config: Config, resume: bool, details: dict) -> dict:
         start = dict(status="running", rounds_done=-1, seconds=0.0)
         return details | dict(config=to_dict(config), seed=config.seed) | start
     info = read_run(out)
-    RUN.check_same(out, "configuration", differences(from_dict(Config, info["config"]), config))
+    RUN.check_same(out, "configuration", differences(stored_config(info["config"]), config))
     return info
 
 # %% ../../nbs/inversion/05_loop.ipynb #2fd0ad9f
@@ -649,6 +646,7 @@ def run(
     info = _begin(out, config, resume, dict(details or {}))
     if info["status"] == "finished": return info
     family_names(config.noise) # An unknown one is named before the images are read
+    loss_weights(config.loss_weights) # So is an unknown loss
     problem = problem or config_problem(config, root)
     check_classes(problem.train)
     info |= _about(problem, config, device)

@@ -380,7 +380,7 @@ def test_available_lists_every_set_and_reads_none(tmp_path):
     seconds = time.perf_counter() - start
     assert [r.name for r in rows] == list(SOURCES) and seconds < 0.5
     found = {r.name for r in rows if r.found}
-    assert found == {"digits5k", "letters", "photos", "gaussian", "uniform"}
+    assert found >= {"digits5k", "letters", "photos", "gaussian", "uniform"}
     assert {r.kind for r in rows} == {"ID", "OOD", "noise"}
     assert all(r.how_to_get and r.about and r.n > 0 for r in rows)
 

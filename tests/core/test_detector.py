@@ -2,6 +2,8 @@
 import copy
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nioodd.core.detector import Detector
 from nioodd.core.errors import NiooddError
-from nioodd.core.forward import as_input, batches, logits_of
+from nioodd.core.forward import as_input, batches, is_channels_last, logits_of
 from nioodd.core.images import to_input
 from nioodd.core.models import Classifier
 from nioodd.inversion.detector import GarbageDetector
@@ -288,3 +290,33 @@ def test_parts_do_not_depend_on_what_was_asked_before():
     assert net.training and net[1].num_batches_tracked == 0
     with pytest.raises(RuntimeError): batches(net, torch.zeros(40, 3, 8, 8))
     assert not [m for m in net.modules() if m._forward_hooks]
+
+
+def test_every_detector_of_the_library_is_found_by_its_name():
+    "In a new process, where nothing else was imported."
+    code = """import importlib, pkgutil, nioodd
+from nioodd.core.detector import DETECTORS
+for module in pkgutil.walk_packages(nioodd.__path__, "nioodd."): importlib.import_module(module.name)
+ours = {name for name, cls in DETECTORS.items() if cls.__module__.startswith("nioodd.")}
+print(sorted(ours - nioodd.NAMES.keys()), len(ours))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["[]", "4"], done.stdout + done.stderr
+
+
+def test_fit_says_what_is_missing(network):
+    class Learning(Detector):
+        requires_fit = True
+        def predict(self, x): return self.logits(x)
+    class Forgetful(Learning):
+        def learn(self, train, held_out): pass
+    x = images(60)
+    with pytest.raises(NiooddError, match="a Learning learns from images"): Learning(network).fit(held_out=x)
+    with pytest.raises(NiooddError, match=r"scores have shape \[60, \d+\]; expected one per image"):
+        Learning(network).fit(x, x)
+    with pytest.raises(NiooddError, match="Forgetful.learn returned None"): Forgetful(network).fit(x, x)
+
+
+def test_the_layout_of_a_network_for_grey_images_is_kept():
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)).to(memory_format=torch.channels_last)
+    assert is_channels_last(net)
+    assert not is_channels_last(nn.Sequential(nn.Conv2d(1, 8, 3)))

@@ -217,9 +217,9 @@ def test_a_subclass_or_an_unknown_network_is_not_rebuilt():
 
 
 def test_the_names_are_those_of_saved_folders():
-    assert {name: c.__name__ for name, c in ARCHITECTURES.items()} == dict(
-        C1="ShallowCNN", C2="VGG16", C3="ResNet20", C4="BlockCNN", C5="DenseNet100")
-    assert NETWORKS.keys() == {"Classifier", "ShallowCNN", "VGG16", "ResNet20", "BlockCNN", "DenseNet100"}
+    saved = dict(C1="ShallowCNN", C2="VGG16", C3="ResNet20", C4="BlockCNN", C5="DenseNet100")
+    assert {name: ARCHITECTURES[name].__name__ for name in saved} == saved
+    assert NETWORKS.keys() >= {"Classifier", "ShallowCNN", "VGG16", "ResNet20", "BlockCNN", "DenseNet100"}
     assert [*Classifier(11).state_dict()][:2] == ["body.0.0.weight", "body.0.0.bias"]
     assert Classifier(11).arguments == dict(n_outputs=11, channels=1, size=28, dropout=0.5)
 

@@ -6,14 +6,14 @@ import pytest
 
 from nioodd.core.errors import NiooddError
 from nioodd.core.options import differences, field_docs, from_dict, settings, to_dict, with_values
-from nioodd.inversion.config import PRESETS, Config, preset
+from nioodd.inversion.config import PRESETS, Config, preset, stored_config
 from nioodd.inversion.invert import LOSSES, loss_weights
 
 FIELDS = """id_set ood_sets ood_split train_images size channels eval_images validation_sets validation_images
 dropout batch_size lr weight_decay schedule average shift class_weights precision
 noise noise_images fresh_noise pretrain_epochs rounds epochs_per_round inversion
 conditioning latent_dim generator_steps generator_batch generator_lr generator_beta1 generator_restart
-alpha beta gamma delta kl_direction normalise_features frozen_mode temperature hard wanted
+alpha beta gamma delta kl_direction normalise_features losses frozen_mode temperature hard wanted
 samples draw_mode exclude collapse_guard pixel_images pixel_steps pixel_lr select trust_steps seed""".split()
 
 
@@ -46,7 +46,18 @@ def test_the_letters_of_the_paper_are_the_losses_by_name():
     assert c.loss_options.keys() <= LOSSES.keys()
 
 
+def test_other_losses_count_and_older_runs_have_none():
+    c = with_values(Config(), ["losses=smoothness:100,dark:0.5", "hard=yes"])
+    assert c.loss_weights == Config(hard=True).loss_weights | dict(smoothness=100, dark=0.5)
+    assert stored_config(to_dict(c)) == c
+    older = to_dict(Config())
+    del older["losses"]
+    assert stored_config(older) == Config()
+
+
 @pytest.mark.parametrize("wrong, message", [
+    (dict(losses=("dark",)), "losses has 'dark'; expected NAME:WEIGHT"),
+    (dict(losses=("dark:much",)), "losses has 'dark:much'"), (dict(losses=("kl:3",)), "--set alpha=3"),
     (dict(batch_size=1), "batch_size is 1"), (dict(rounds=2.5), "rounds is 2.5; expected int"),
     (dict(conditioning="vektor"), "conditioning is 'vektor'"), (dict(lr=float("nan")), "lr is nan"),
     (dict(inversion=1), "inversion is 1; expected bool"), (dict(select="validation"), "validation_images is 0"),

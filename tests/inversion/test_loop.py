@@ -20,6 +20,7 @@ from nioodd.core.files import load_tensors
 from nioodd.core.images import ImageSet
 from nioodd.core.options import with_values
 from nioodd.inversion.config import Config
+from nioodd.inversion.invert import LOSSES, generator_loss
 from nioodd.inversion.loop import Loop, config_problem, judge, run
 
 
@@ -84,6 +85,21 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
     p.start(); p.join(300)
     assert p.exitcode == 0
     same_files(tmp_path / "whole", out, 6)
+
+
+def test_a_loss_of_ones_own_counts_by_its_name(problem, config, tmp_path, monkeypatch):
+    monkeypatch.setitem(LOSSES, "dark", None)  # Taken out again afterwards
+    generator_loss("dark")(lambda batch: (batch.images + 1).mean())
+    run(with_values(config, ["losses=dark:9000"]), tmp_path, problem=problem, progress=False)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert "dark" in rows[-1]["generator"]
+    assert json.loads((tmp_path / "run.json").read_text())["config"]["losses"] == ["dark:9000"]
+
+
+def test_an_unknown_loss_is_named_before_anything_is_trained(problem, config, tmp_path):
+    with pytest.raises(NiooddError, match="unknown loss 'drak'"):
+        run(with_values(config, ["losses=drak:1"]), tmp_path, problem=problem, progress=False)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
