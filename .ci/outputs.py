@@ -66,13 +66,23 @@ def is_kept(output, widget) -> bool:
     return bool(data) and not (is_bar(data["text/plain"]) or BAR_WIDGET.match(data["text/plain"]))
 
 
+def joined_streams(outputs: list) -> list:
+    "Text that was printed in pieces as one output: how it was cut depends on the moment."
+    joined = []
+    for o in outputs:
+        last = joined[-1] if joined else None
+        if last and o.output_type == last.output_type == "stream" and o.name == last.name: last.text += o.text
+        else: joined.append(o)
+    return joined
+
+
 def committed_form(nb):
     "Without widgets and progress bars, in place; returns the notebook."
     nb.metadata.pop("widgets", None)
     for cell in nb.cells:
         if cell.cell_type != "code": continue
         widgets = [o.get("data", {}).pop(WIDGET, None) for o in cell.outputs]
-        cell.outputs = [o for o, widget in zip(cell.outputs, widgets) if is_kept(o, widget)]
+        cell.outputs = joined_streams([o for o, widget in zip(cell.outputs, widgets) if is_kept(o, widget)])
     return nb
 
 

@@ -176,3 +176,11 @@ def test_only_the_quick_ones(tmp_path, monkeypatch):
     paths = [tmp_path/"nbs"/f"{name}.ipynb" for name in names]
     assert outputs.quick(paths, 10) == paths[:1]
     assert outputs.quick(paths, 11) == paths[:2]
+
+
+def test_text_that_came_in_pieces_is_one_output():
+    pieces = [new_output("stream", name=name, text=text)
+              for name, text in (("stdout", "a\n"), ("stdout", "b\n"), ("stderr", "c\n"), ("stdout", "d\n"))]
+    nb = new_notebook(cells=[new_code_cell("1", outputs=pieces)])
+    found = [(o.name, o.text) for o in outputs.committed_form(nb).cells[0].outputs]
+    assert found == [("stdout", "a\nb\n"), ("stderr", "c\n"), ("stdout", "d\n")]
