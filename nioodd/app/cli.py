@@ -223,7 +223,7 @@ def _print_run(out: Path, info: dict, c: Config) -> None:
 @command("train",
     argument("recipe", metavar="RECIPE",
              help="C1 (shallow CNN, mnist), C2 (VGG-16, cifar10), C3 (ResNet-20, cifar10), "
-                  "C4 (three blocks, svhn) or C5 (DenseNet-100, cifar10)"),
+                  "C4 (three blocks, svhn), C5 (DenseNet-100, cifar10), or an architecture of your own"),
     argument("--data", metavar="NAME", help="another in-distribution set"),
     argument("--out", metavar="FOLDER", help="default: runs/RECIPE-seedN"),
     argument("--seed", type=int, default=0, metavar="N", help="of the network and its training"),
