@@ -12,8 +12,8 @@ from nioodd.core.options import with_values
 from nioodd.inversion.config import Config
 from nioodd.inversion.loop import run
 
-processes = multiprocessing.get_context("forkserver")  # Its children begin with PyTorch loaded
-processes.set_forkserver_preload(["nioodd.benchmark.recipes", "nioodd.inversion.loop"])
+forkserver = multiprocessing.get_context("forkserver")  # Its children begin with PyTorch loaded
+forkserver.set_forkserver_preload(["nioodd.benchmark.recipes", "nioodd.inversion.loop"])
 
 TINY = ["rounds=3", "pretrain_epochs=1", "generator_steps=8", "samples=44", "eval_images=50",
         "ood_sets=squares", "size=12", "average=0.9", "pixel_images=20", "pixel_steps=2",

@@ -285,7 +285,7 @@ def calibrate(self: Detector,
     false_alarms: float = 0.05, # Share of known images that may be rejected
 ) -> Detector: # Itself
     "Keeps the scores, for p-values, and sets the threshold. Raises `NiooddError` for too few scores."
-    if isinstance(scores, Tensor) and scores.ndim != 1:
+    if getattr(scores, "ndim", 1) != 1:
         raise NiooddError(f"scores have shape {list(scores.shape)}; expected one per image, [n]")
     calibration = checked_scores(scores, "ID scores").sort().values
     self.threshold, self.calibration = threshold_for(calibration, false_alarms), calibration

@@ -200,7 +200,10 @@ def stored_config(
 ) -> Config:
     """The configuration of a saved run. Runs older than `losses` have none.
 
-    Raises `NiooddError` for an unknown or a missing option."""
+    Raises `NiooddError` for an unknown or a missing option, and for what is no dictionary."""
+    if not isinstance(values, dict):
+        raise NiooddError(f"the stored options are a {type(values).__name__}; expected names and values; "
+                          "the file is damaged: start a new run")
     return from_dict(Config, dict(losses=[]) | values)
 
 # %% ../../nbs/inversion/03_config.ipynb #567a90b5

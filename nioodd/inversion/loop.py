@@ -646,7 +646,7 @@ def run(
     info = _begin(out, config, resume, dict(details or {}))
     if info["status"] == "finished": return info
     family_names(config.noise) # An unknown one is named before the images are read
-    loss_weights(config.loss_weights) # So is an unknown loss
+    if config.inversion: loss_weights(config.loss_weights) # So is an unknown loss
     problem = problem or config_problem(config, root)
     check_classes(problem.train)
     info |= _about(problem, config, device)

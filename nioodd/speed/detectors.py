@@ -31,91 +31,77 @@ from ..core.registry import Registry
 from ..core.training import shifted, train_epoch
 from ..posthoc.baselines import BASELINES, FitData, Scorer, vim_dimension
 from ..posthoc.layerwise import LayerwiseDetector
-from ..posthoc.outputs import network_outputs
+from ..posthoc.outputs import Outputs, network_outputs
 from .loop import interleaved, machine
 
 # %% ../../nbs/speed/02_detectors.ipynb #2fc8f894
 class Setup(NamedTuple):
     "A network and images, uint8 [N, C, H, W], to measure detectors on."
-
     architecture: str
-    model: nn.Module  # In eval mode
-    images: Tensor  # Detectors are fitted on these
-    labels: Tensor  # int64 [N]
+    model: nn.Module # In eval mode
+    images: Tensor # Detectors are fitted on these
+    labels: Tensor # int64 [N]
     held_out: Tensor
     held_out_labels: Tensor
-    sets: dict[str, Tensor]  # `id` and three unknown ones
+    sets: dict[str, Tensor] # `id` and three unknown ones
 
-
-def _repeated(
-    images: Tensor, labels: Tensor, n: int
-) -> tuple[Tensor, Tensor]:  # n images and labels
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a0001
+def _repeated(images: Tensor, labels: Tensor, n: int) -> tuple[Tensor, Tensor]: # n images and labels
     i = torch.arange(n) % len(images)
-    return torch.cat([images[i[: len(images)]], shifted(images[i[len(images) :]], 2)]), labels[i]
+    again = shifted(images[i[len(images):]], 2)
+    return torch.cat([images[i[:len(images)]], again]), labels[i]
 
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a0002
+def _check_recognised(net: nn.Module, images: Tensor, labels: Tensor, told: str) -> None:
+    "Raise `NiooddError` unless images of every digit are recognised."
+    right = labels[logits_of(net, images).argmax(1) == labels].unique()
+    if len(right) < 10:
+        raise NiooddError(f"{told} recognises {len(right)} of 10 digits; "
+                          "some detectors need all; use more train_images")
 
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a0003
 def make_setup(
-    name: str,  # Of the architecture
-    images: int = 2000,  # In each set
-    fit_images: int = 5000,  # To fit on; 500 more are held out
+    name: str, # Of the architecture
+    images: int = 2000, # In each set
+    fit_images: int = 5000, # To fit on; 500 more are held out
     device: str | torch.device = "cpu",
-    train_images: int = 1000,  # To train the network on
+    train_images: int = 1000, # To train the network on
     epochs: int = 6,
     seed: int = 0,
 ) -> Setup:
     "A briefly trained network, with digits and three unknown sets. The caller's random numbers stay."
     if images < 1 or fit_images < 200:
-        raise NiooddError(
-            f"{images} images, {fit_images} to fit on; expected at least 1 and 200; leave them at their defaults"
-        )
+        raise NiooddError(f"{images} images, {fit_images} to fit on; expected at least 1 and 200; "
+                          "leave them at their defaults")
     with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
         torch.manual_seed(seed)
         net = architecture(name)
-        size, channels = net.arguments["size"], net.arguments["channels"]
-        train = load("digits5k", "train", size=size, channels=channels)
-        test = load("digits5k", "test", size=size, channels=channels)
+        shape = dict(size=net.arguments["size"], channels=net.arguments["channels"])
+        train, test = load("digits5k", "train", **shape), load("digits5k", "test", **shape)
         optimiser = torch.optim.AdamW(net.to(device).parameters())
         for _ in range(epochs):
             train_epoch(net, train.images[:train_images], train.labels[:train_images], optimiser)
         optimiser.zero_grad()
         x, y = _repeated(train.images, train.labels, fit_images)
-        right = y[:1000][logits_of(net, x[:1000]).argmax(1) == y[:1000]].unique()
-        if len(right) < 10:
-            raise NiooddError(
-                f"{name} recognises {len(right)} of 10 digits after {epochs} epochs on {train_images} images; "
-                "some detectors need all; use more train_images"
-            )
-        sets = {
-            s: load(s, "all", size=size, channels=channels, n=images).images
-            for s in ("letters", "photos", "gaussian")
-        }
-        return Setup(
-            name,
-            net.eval(),
-            x,
-            y,
-            test.images[:500],
-            test.labels[:500],
-            dict(id=_repeated(test.images[500:], test.labels[500:], images)[0], **sets),
-        )
+        _check_recognised(net, x[:1000], y[:1000], f"{name} after {epochs} epochs on {train_images} images")
+        known, _ = _repeated(test.images[500:], test.labels[500:], images)
+        unknown = {k: load(k, "all", n=images, **shape).images for k in ("letters", "photos", "gaussian")}
+        return Setup(name, net.eval(), x, y, test.images[:500], test.labels[:500], dict(id=known, **unknown))
 
 # %% ../../nbs/speed/02_detectors.ipynb #443d824f
 class NetworkParts(NamedTuple):
     "A network as pytorch-ood's detectors want it."
-
     model: nn.Module
-    encoder: nn.Sequential  # Images → features [B, D]
-    head: nn.Linear  # Features → logits
-    backbone: nn.Sequential  # Images → features as maps of one pixel, [B, D, 1, 1]
-    map_head: nn.Sequential  # These → logits
-    before: (
-        nn.Sequential | None
-    )  # Images → input of the layer before the output layer; None if that is inside a block
+    encoder: nn.Sequential # Images → features [B, D]
+    head: nn.Linear # Features → logits
+    backbone: nn.Sequential # Images → features as maps of one pixel, [B, D, 1, 1]
+    map_head: nn.Sequential # These → logits
+    before: nn.Sequential | None # Images → input of the layer before the output layer; None: that is inside a block
 
-
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a0004
 def network_parts(
-    model: Architecture,  # In eval mode
-    x: Tensor,  # Two images as it takes them
+    model: Architecture, # In eval mode
+    x: Tensor, # Two images as it takes them
 ) -> NetworkParts:
     "The network in pieces, its weights shared."
     body = model.body
@@ -123,26 +109,19 @@ def network_parts(
         layer = model.get_submodule(next(iter(last_inputs(model, x)[1])))
     cut = [i for i, m in enumerate(body) if m is layer and isinstance(m, nn.Linear)]
     pixels = nn.Unflatten(1, (body[-1].in_features, 1, 1))
-    return NetworkParts(
-        model,
-        body[:-1],
-        body[-1],
-        nn.Sequential(*body[:-1], pixels),
-        nn.Sequential(nn.Flatten(), body[-1]),
-        body[: cut[0]] if cut else None,
-    )
+    return NetworkParts(model, body[:-1], body[-1],
+                        backbone=nn.Sequential(*body[:-1], pixels),
+                        map_head=nn.Sequential(nn.Flatten(), body[-1]),
+                        before=body[:cut[0]] if cut else None)
 
-
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a0005
 def _both_layers(p: NetworkParts) -> Detector:
     "Two pieces in a row, each of which ends in maps: predict takes nothing else."
     n = len(p.before)
     def as_maps(layers, d: int) -> nn.Sequential: return nn.Sequential(*layers, nn.Unflatten(1, (d, 1, 1)))
-    return ood.MultiMahalanobis(
-        [
-            as_maps(p.before, p.encoder[n].in_features),
-            as_maps([nn.Flatten(), *p.encoder[n:]], p.head.in_features),
-        ]
-    )
+    first = as_maps(p.before, p.encoder[n].in_features)
+    second = as_maps([nn.Flatten(), *p.encoder[n:]], p.head.in_features)
+    return ood.MultiMahalanobis([first, second])
 
 # %% ../../nbs/speed/02_detectors.ipynb #aa4802f0
 USUAL: dict[str, Callable[[NetworkParts], Detector]] = Registry("detector that reads outputs") # By name of a baseline
@@ -198,97 +177,86 @@ def _grad_uncertainty(p: NetworkParts):
     return ood.GradUncertainty(p.model, of_last_layer)
 
 # %% ../../nbs/speed/02_detectors.ipynb #cf9ef3a3
-_GRADIENTS = ("gradnorm", "grad_uncertainty", "nac")  # Their predict must not be called without gradients
-_HELD_OUT = ("temperature", "kl_matching")  # Fitted on images that the network was not trained on
-_DOUBLE = (  # nioodd computes these in float64, and it shows
+_GRADIENTS = ("gradnorm", "grad_uncertainty", "nac") # Their predict must not be called without gradients
+_HELD_OUT = ("temperature", "kl_matching") # Fitted on images that the network was not trained on
+_DOUBLE = ( # nioodd computes these in float64, and it shows
     "mahalanobis", "mahalanobis_before", "mahalanobis_both", "rmd", "openmax", "gen")
-_SAME_FEATURES = ("vim", "pnml")  # In which the last digits of features decide
+_SAME_FEATURES = ("vim", "pnml") # In which the last digits of features decide
 
 # %% ../../nbs/speed/02_detectors.ipynb #9b3e39df
-def usual_detector(
-    name: str, setup: Setup, batch: int, dtype: torch.dtype = torch.float32
-) -> Detector:
+def usual_detector(name: str, setup: Setup, batch: int, dtype: torch.dtype = torch.float32) -> Detector:
     "pytorch-ood's detector of that name, made of the whole network and fitted from a loader."
     device = next(setup.model.parameters()).device
-    detector = USUAL[name](
-        network_parts(setup.model, to_input(setup.images[:2].to(device)).to(dtype))
-    ).to(device)
-    x, y = (
-        (setup.held_out, setup.held_out_labels)
-        if name in _HELD_OUT
-        else (setup.images, setup.labels)
-    )
-    if detector.requires_fit:
-        detector.fit(DataLoader(TensorDataset(to_input(x).to(dtype), y), batch_size=batch))
+    parts = network_parts(setup.model, to_input(setup.images[:2].to(device)).to(dtype))
+    detector = USUAL[name](parts).to(device)
+    if not detector.requires_fit: return detector
+    x, y = (setup.held_out, setup.held_out_labels) if name in _HELD_OUT else (setup.images, setup.labels)
+    detector.fit(DataLoader(TensorDataset(to_input(x).to(dtype), y), batch_size=batch))
     return detector
 
-
-def usual_scores(
-    name: str, detector: Detector, x: Tensor, batch: int
-) -> Tensor:  # float64 [N], on the CPU
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a0006
+def usual_scores(name: str, detector: Detector, x: Tensor, batch: int) -> Tensor: # float64 [N], on the CPU
     "Its scores of images in [−1, 1], batch by batch. MaxSoftmax's are raised by 1, as `msp` has them."
     device = detector.device or "cpu"
     with torch.set_grad_enabled(name in _GRADIENTS):
         s = torch.cat([detector.predict(b.to(device)).detach() for b in x.split(batch)])
-    return s.double().cpu() + (name == "msp")
+    return s.double().cpu() + (1 if name == "msp" else 0)
 
 # %% ../../nbs/speed/02_detectors.ipynb #e9c497b5
-TOLERANCE = 1e-3  # Largest difference of scores, over their standard deviation
-
+TOLERANCE = 1e-3 # Largest difference of scores, over their standard deviation
 
 def _fit_data(s: Setup) -> FitData:
     outputs, held_out = network_outputs(s.model, s.images), network_outputs(s.model, s.held_out)
     return FitData(s.model, outputs, s.labels, s.images, held_out, s.held_out, s.held_out_labels)
 
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a0007
+def _of_same_features(name: str, s: Setup, x: Tensor, fit: FitData, outputs: Outputs) -> Tensor:
+    "pytorch-ood's scores from our features."
+    detector = USUAL[name](network_parts(s.model, to_input(x[:2])))
+    return detector.fit_features(fit.outputs.features, fit.labels).predict_features(outputs.features)
 
-def disagreement(name: str, setup: Setup) -> float:
-    "Largest difference of the scores from pytorch-ood's, in standard deviations; below `TOLERANCE`."
-    s = setup._replace(images=setup.images[:1000], labels=setup.labels[:1000])
-    dtype = torch.float64 if name in _DOUBLE else torch.float32
-    x = torch.cat([s.sets["id"][:200], s.sets["letters"][:200]])
-    fit, outputs = _fit_data(s), network_outputs(s.model, x)
-    ours, before = BASELINES[name].make(fit)(outputs), torch.get_default_dtype()
-    if name in _SAME_FEATURES:
-        theirs = (
-            USUAL[name](network_parts(s.model, to_input(x[:2])))
-            .fit_features(fit.outputs.features, fit.labels)
-            .predict_features(outputs.features)
-        )
-        return ((ours - theirs).abs().max() / theirs.std()).item()
+def _in_dtype(name: str, s: Setup, x: Tensor, dtype: torch.dtype) -> Tensor:
+    "pytorch-ood's scores, computed in `dtype`."
+    before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
-        theirs = usual_scores(
-            name,
-            usual_detector(name, s._replace(model=s.model.to(dtype)), 100, dtype),
-            to_input(x).to(dtype),
-            len(x),
-        )
+        detector = usual_detector(name, s._replace(model=s.model.to(dtype)), 100, dtype)
+        return usual_scores(name, detector, to_input(x).to(dtype), len(x))
     finally:
         torch.set_default_dtype(before)
         s.model.to(torch.float32)
+
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a0008
+def disagreement(name: str, setup: Setup) -> float:
+    "Largest difference of the scores from pytorch-ood's, in standard deviations; below `TOLERANCE`."
+    s = setup._replace(images=setup.images[:1000], labels=setup.labels[:1000])
+    x = torch.cat([s.sets["id"][:200], s.sets["letters"][:200]])
+    fit, outputs = _fit_data(s), network_outputs(s.model, x)
+    ours = BASELINES[name].make(fit)(outputs)
+    if name in _SAME_FEATURES: theirs = _of_same_features(name, s, x, fit, outputs)
+    else: theirs = _in_dtype(name, s, x, torch.float64 if name in _DOUBLE else torch.float32)
     return ((ours - theirs).abs().max() / theirs.std()).item()
 
 # %% ../../nbs/speed/02_detectors.ipynb #2a396339
 class SecondsPerImage(NamedTuple):
     "Seconds per image in each round."
-
-    usual: list[float]  # pytorch-ood's predict
-    ours: list[float]  # The forward pass and the scorer
-    scorer: list[float]  # The scorer alone
+    usual: list[float] # pytorch-ood's predict
+    ours: list[float] # The forward pass and the scorer
+    scorer: list[float] # The scorer alone
 
     @property
-    def ratio(self) -> float:
-        return median(a / b for a, b in zip(self.usual, self.ours))  # Above 1: nioodd is faster
+    def ratio(self) -> float: # Above 1: nioodd is faster
+        return median(a / b for a, b in zip(self.usual, self.ours))
 
-
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a0009
 def seconds_per_image(
-    name: str,  # Of a baseline
+    name: str, # Of a baseline
     setup: Setup,
-    detector: Detector,  # pytorch-ood's, fitted
-    score: Scorer,  # nioodd's, likewise
-    batch: int,  # Images at a time
+    detector: Detector, # pytorch-ood's, fitted
+    score: Scorer, # nioodd's, likewise
+    batch: int, # Images at a time
     rounds: int = 5,
-    limit: float = 10.0,  # Seconds; two rounds are always made
+    limit: float = 10.0, # Seconds; two rounds are always made
     clock: Callable[[], float] = time.perf_counter,
 ) -> SecondsPerImage:
     "pytorch-ood, nioodd and the scorer alone on the ID images, in turn."
@@ -303,48 +271,44 @@ def seconds_per_image(
 # %% ../../nbs/speed/02_detectors.ipynb #fa445b38
 class TableSeconds(NamedTuple):
     "Seconds."
-
-    forwards: float  # nioodd's passes over all images
-    usual: dict[str, float]  # By name: pytorch-ood, fitting and scoring of four sets
-    ours: dict[str, float]  # nioodd, likewise, from the outputs
+    forwards: float # nioodd's passes over all images
+    usual: dict[str, float] # By name: pytorch-ood, fitting and scoring of four sets
+    ours: dict[str, float] # nioodd, likewise, from the outputs
 
     @property
     def ratio(self) -> float:
         return sum(self.usual.values()) / (self.forwards + sum(self.ours.values()))
 
-
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a000a
 def table_seconds(
-    names: Iterable[str],  # Of baselines
+    names: Iterable[str], # Of baselines
     setup: Setup,
     batch: int,
     progress: bool = False,
     clock: Callable[[], float] = time.perf_counter,
-) -> tuple[TableSeconds, dict[str, tuple[Detector, Scorer]]]:  # And what was fitted
+) -> tuple[TableSeconds, dict[str, tuple[Detector, Scorer]]]: # And what was fitted
     "A small table, one by one and from shared outputs."
+    inputs = [to_input(x) for x in setup.sets.values()]
 
     def timed(job, *args):
         start = clock()
         return job(*args), clock() - start
 
     def all_outputs():
-        return _fit_data(setup), {k: network_outputs(setup.model, x, batch) for k, x in setup.sets.items()}
-
-    (fit, outputs), forwards = timed(all_outputs)
-    usual, ours, fitted = {}, {}, {}
-    inputs = [to_input(x) for x in setup.sets.values()]
+        return _fit_data(setup), [network_outputs(setup.model, x, batch) for x in setup.sets.values()]
 
     def one_by_one(name):
         detector = usual_detector(name, setup, batch)
-        for x in inputs:
-            usual_scores(name, detector, x, batch)
+        for x in inputs: usual_scores(name, detector, x, batch)
         return detector
 
     def shared(name):
         score = BASELINES[name].make(fit)
-        for o in outputs.values():
-            score(o)
+        for o in outputs: score(o)
         return score
 
+    (fit, outputs), forwards = timed(all_outputs)
+    usual, ours, fitted = {}, {}, {}
     for name in tqdm(names, desc="a table", disable=not progress, leave=False):
         detector, usual[name] = timed(one_by_one, name)
         score, ours[name] = timed(shared, name)
@@ -355,9 +319,9 @@ def table_seconds(
 def layerwise_cost(
     setup: Setup,
     rounds: int = 5,
-    limit: float = 30.0,  # Seconds; two rounds are always made
+    limit: float = 30.0, # Seconds; two rounds are always made
     clock: Callable[[], float] = time.perf_counter,
-) -> float:  # Forward passes
+) -> float: # Forward passes
     "Time of `LayerwiseDetector.predict` on the ID images over that of the logits alone."
     images, device = setup.sets["id"], next(setup.model.parameters()).device
     detector = LayerwiseDetector(setup.model).fit(setup.images, setup.held_out)
@@ -370,34 +334,34 @@ def _names(detectors: Iterable[str] | None, setup: Setup) -> list[str]:
     "Those of `detectors` that can be compared on this network."
     for name in detectors or ():
         if BASELINES[name].name not in USUAL:
-            raise NiooddError(
-                f"{name} needs images, not outputs; expected one of {', '.join(USUAL)}"
-            )
+            raise NiooddError(f"{name} needs images, not outputs; expected one of {', '.join(USUAL)}")
     x = to_input(setup.images[:2].to(next(setup.model.parameters()).device))
     inside = network_parts(setup.model, x).before is None
-    return [
-        n
-        for n in detectors or [name for name in BASELINES if name in USUAL]
-        if not (inside and n in ("mahalanobis_before", "mahalanobis_both"))
-    ]
+    left_out = ("mahalanobis_before", "mahalanobis_both") if inside else ()
+    names = detectors or [name for name in BASELINES if name in USUAL]
+    return [name for name in names if name not in left_out]
 
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a000b
+def _verdict(met: bool) -> str: return "met" if met else "MISSED"
 
 def _verdict_on(faults: list[str]) -> str:
     "Whether there is no fault, and which there are."
     return _verdict(not faults) + (f": {', '.join(faults)}" if faults else "")
 
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a000c
+def _detector_line(name: str, seconds: SecondsPerImage, difference: float, t: TableSeconds) -> str:
+    def rate(s: list[float]) -> str: return f"{1 / median(s):,.0f}"
+    return (f"{name:20s}{rate(seconds.usual):>12s}{rate(seconds.ours):>10s}{seconds.ratio:7.2f}"
+            f"{rate(seconds.scorer):>14s}{difference:12.0e}{t.usual[name]:12.2f}{t.ours[name]:9.2f}")
 
-def _verdict(met: bool) -> str:
-    return "met" if met else "MISSED"
+def _table_line(t: TableSeconds) -> str:
+    return (f"table of {len(t.usual)} detectors × 3 sets: pytorch-ood one by one {sum(t.usual.values()):.1f} s, "
+            f"nioodd {t.forwards + sum(t.ours.values()):.1f} s ({t.forwards:.1f} s of it the network), "
+            f"ratio {t.ratio:.1f}, target 3: {_verdict(t.ratio >= 3)}")
 
-
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a000d
 def _architecture_lines(
-    s: Setup,
-    names: list[str],
-    batch: int,
-    rounds: int,
-    limit: float,
-    progress: bool,
+    s: Setup, names: list[str], batch: int, rounds: int, limit: float, progress: bool,
     clock: Callable[[], float],
 ) -> list[str]:
     t, fitted = table_seconds(names, s, batch, progress, clock)
@@ -407,77 +371,56 @@ def _architecture_lines(
     cost = layerwise_cost(s, rounds, 3 * limit, clock)
     slow = [n for n in names if found[n].ratio < 1]
     apart = [n for n in names if differ[n] >= TOLERANCE]
-    def per_second(seconds: list[float]) -> str: return f"{1 / median(seconds):,.0f}"
-    lines = [
+    middle = median(r.ratio for r in found.values())
+    return [
         f"{s.architecture}: {len(s.sets['id']):,} images in batches of {batch}, "
-        f"fitted on {len(s.images):,}; images/s",
-        "",
+        f"fitted on {len(s.images):,}; images/s", "",
         f"{'detector':20s}{'pytorch-ood':>12s}{'nioodd':>10s}{'ratio':>7s}{'scorer alone':>14s}"
         f"{'difference':>12s}{'table, s':>12s}{'nioodd':>9s}",
-    ]
-    lines += [
-        f"{n:20s}{per_second(r.usual):>12s}{per_second(r.ours):>10s}{r.ratio:7.2f}{per_second(r.scorer):>14s}"
-        f"{differ[n]:12.0e}{t.usual[n]:12.2f}{t.ours[n]:9.2f}"
-        for n, r in found.items()
-    ]
-    return lines + [
-        "",
-        f"each detector at least as fast as pytorch-ood's: "
-        f"median ratio {median(r.ratio for r in found.values()):.2f}, target 1.00 for each: {_verdict_on(slow)}",
+        *[_detector_line(n, found[n], differ[n], t) for n in names], "",
+        "each detector at least as fast as pytorch-ood's: "
+        f"median ratio {middle:.2f}, target 1.00 for each: {_verdict_on(slow)}",
         f"same scores to {TOLERANCE:.0e} of their standard deviation: {_verdict_on(apart)}",
-        f"table of {len(names)} detectors × 3 sets: pytorch-ood one by one {sum(t.usual.values()):.1f} s, "
-        f"nioodd {t.forwards + sum(t.ours.values()):.1f} s ({t.forwards:.1f} s of it the network), "
-        f"ratio {t.ratio:.1f}, target 3: {_verdict(t.ratio >= 3)}",
-        f"LayerwiseDetector: {cost:.2f} forward passes, target < 2: {_verdict(cost < 2)}",
-    ]
+        _table_line(t),
+        f"LayerwiseDetector: {cost:.2f} forward passes, target < 2: {_verdict(cost < 2)}"]
 
 # %% ../../nbs/speed/02_detectors.ipynb #9229c571
 class Sizes(NamedTuple):
     "How many images are measured."
-    images: int = 2000  # In each of the four sets
-    fit_images: int = 5000  # That detectors are fitted on
-    train_images: int = 1000  # That the network is trained on
+    images: int = 2000 # In each of the four sets
+    fit_images: int = 5000 # That detectors are fitted on
+    train_images: int = 1000 # That the network is trained on
 
-
+# %% ../../nbs/speed/02_detectors.ipynb #5e7a000e
 def bench_detectors(
     device: str | torch.device = "cpu",
-    architectures: tuple[str, ...] = ("C1",),  # See `nioodd.core.models.ARCHITECTURES`
-    detectors: Iterable[str]
-    | None = None,  # Names of `BASELINES` that need outputs; None: all of them
+    architectures: tuple[str, ...] = ("C1",), # See `nioodd.core.models.ARCHITECTURES`
+    detectors: Iterable[str] | None = None, # Names of `BASELINES` that need outputs; None: all of them
     sizes: Sizes = Sizes(),
-    batch: int = 500,  # Images at a time
+    batch: int = 500, # Images at a time
     rounds: int = 5,
-    limit: float = 10.0,  # Seconds for each detector's rates; two rounds are always made
-    progress: bool = True,  # Show a progress bar
-    clock: Callable[[], float] = time.perf_counter,  # See `nioodd.speed.loop.interleaved`
-) -> str:  # A report of some 40 lines for each architecture
+    limit: float = 10.0, # Seconds for each detector's rates; two rounds are always made
+    progress: bool = True, # Show a progress bar
+    clock: Callable[[], float] = time.perf_counter, # See `nioodd.speed.loop.interleaved`
+) -> str: # A report of some 40 lines for each architecture
     """Each baseline beside pytorch-ood's own call: images per second, agreement, a whole table.
     And the cost of LayerwiseDetector.
 
     Raises `NiooddError` for an unknown architecture or detector, and for nothing to measure."""
     detectors = None if detectors is None else list(detectors)
     if not architectures or detectors == []:
-        raise NiooddError(
-            "nothing to measure; expected at least one architecture and one detector; leave them at their defaults"
-        )
+        raise NiooddError("nothing to measure; expected at least one architecture and one detector; "
+                          "leave them at their defaults")
     if batch < 1 or rounds < 1:
-        raise NiooddError(
-            f"batches of {batch}, {rounds} rounds; expected at least 1 of each; leave them at their defaults"
-        )
-    for name in detectors or ():
-        BASELINES[name]
+        raise NiooddError(f"batches of {batch}, {rounds} rounds; expected at least 1 of each; "
+                          "leave them at their defaults")
+    for name in detectors or (): BASELINES[name]
     cuda = torch.device(device).type == "cuda"
-    lines = [
-        f"{machine(device)}, torch {torch.__version__}, pytorch-ood {version('pytorch-ood')}; "
-        f"medians of up to {rounds} interleaved rounds; the table once"
-    ]
+    lines = [f"{machine(device)}, torch {torch.__version__}, pytorch-ood {version('pytorch-ood')}; "
+             f"medians of up to {rounds} interleaved rounds; the table once"]
     for name in architectures:
         s = make_setup(name, sizes.images, sizes.fit_images, device, sizes.train_images)
         with torch.random.fork_rng([device] if cuda else []):
-            lines += [
-                "",
-                *_architecture_lines(
-                    s, _names(detectors, s), batch, rounds, limit, progress, clock
-                ),
-            ]
+            names = _names(detectors, s)
+            lines += ["", *_architecture_lines(s, names, batch, rounds, limit, progress, clock)]
     return "\n".join(lines)

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from PIL import Image
-from processes import processes, run_training
+from processes import forkserver, run_training
 
 from nioodd.benchmark import recipes
 from nioodd.benchmark.recipes import RECIPES, Recipe, load_classifier, recipe_data, train_classifier
@@ -149,7 +149,7 @@ def test_killed_at_random_moments_and_resumed(recipe, tmp_path):
 
     def logged(): return (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
     for _ in range(4):
-        p = processes.Process(target=run_training, args=(recipe, out, out.exists()))
+        p = forkserver.Process(target=run_training, args=(recipe, out, out.exists()))
         before = logged()
         p.start()
         while p.is_alive() and logged() == before: time.sleep(0.005)

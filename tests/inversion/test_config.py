@@ -53,6 +53,7 @@ def test_other_losses_count_and_older_runs_have_none():
     older = to_dict(Config())
     del older["losses"]
     assert stored_config(older) == Config()
+    with pytest.raises(NiooddError, match="the stored options are a NoneType"): stored_config(None)
 
 
 @pytest.mark.parametrize("wrong, message", [

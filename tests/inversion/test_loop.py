@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import TINY, processes, run_loop, squares
+from processes import TINY, forkserver, run_loop, squares
 
 from nioodd.app.cli import main
 from nioodd.core.datasets import Problem
@@ -65,14 +65,14 @@ def finished_rounds(out):
 
 def test_killed_at_random_moments_and_resumed(tmp_path):
     "SIGKILL at five random moments: the resumed run's final weights are those of a run that was left alone."
-    whole = processes.Process(target=run_loop, args=(str(tmp_path / "whole"), False))
+    whole = forkserver.Process(target=run_loop, args=(str(tmp_path / "whole"), False))
     began = time.perf_counter()
     whole.start(); whole.join(300)
     one_round = (time.perf_counter() - began) / 8
     assert whole.exitcode == 0
     rng, out, kills = random.Random(0), tmp_path / "part", 0
     for _ in range(5):
-        p, before = processes.Process(target=run_loop, args=(str(out), out.exists())), finished_rounds(out)
+        p, before = forkserver.Process(target=run_loop, args=(str(out), out.exists())), finished_rounds(out)
         p.start()
         while p.is_alive() and finished_rounds(out) <= before: time.sleep(0.005)
         until = time.perf_counter() + rng.random() * one_round
@@ -81,7 +81,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
         p.kill(); p.join(60)
         kills += p.exitcode == -signal.SIGKILL
     assert kills >= 3                                   # the last may find the run finished
-    p = processes.Process(target=run_loop, args=(str(out), True))
+    p = forkserver.Process(target=run_loop, args=(str(out), True))
     p.start(); p.join(300)
     assert p.exitcode == 0
     same_files(tmp_path / "whole", out, 6)
