@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.datasets import noise
 from ..core.errors import NiooddError, unknown
-from ..core.forward import eval_mode
+from ..core.forward import as_input, call_network, private_copy
 from ..core.images import ImageSet, to_input
 from ..core.scores import checked_logits
 
@@ -136,11 +136,12 @@ def fgsm(
         raise NiooddError(f"labels have shape {list(labels.shape)}; expected [{len(images)}], one for each image")
     device = next((t.device for t in model.state_dict().values()), "cpu")
     out = torch.empty(images.shape)
-    with eval_mode(model), torch.enable_grad():
+    copy = private_copy(model)
+    with torch.enable_grad():
         for rows in torch.arange(len(images)).split(batch_size):
             pixels = images[rows].to(device)
-            x = to_input(pixels).contiguous(memory_format=torch.channels_last).requires_grad_()
-            odds = _log_odds_against(checked_logits(model(x)), None if labels is None else labels[rows])
+            x = as_input(pixels, copy).requires_grad_()
+            odds = _log_odds_against(checked_logits(call_network(copy, x)), None if labels is None else labels[rows])
             step = 255 * eps * _gradient(odds, x).sign()
             out[rows] = to_input((pixels + step).clamp(0, 255)).cpu()
     return out

@@ -62,7 +62,7 @@ def generate(
     "The images of `z` under these conditions, and what the classifier says of them."
     device = next(generator.parameters()).device
     c, y = c.expand(len(z), -1).to(device), y.expand(len(z)).to(device)
-    with frozen(generator): images = to_uint8(generator(z.to(device), c, y)).cpu()
+    images = to_uint8(frozen(generator)(z.to(device), c, y)).cpu()
     p = features_of(classifier, images)[0].float().softmax(1).cpu()
     return Inverted(images, c.cpu(), y.cpu(), p.argmax(1), p)
 

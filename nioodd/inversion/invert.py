@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from ..core.errors import NiooddError, unknown
-from ..core.forward import eval_mode, logits_and_features
+from ..core.forward import as_input, floating_tensor, logits_and_features, private_copy
 from ..core.images import to_input, to_uint8
 from ..core.registry import Registry
 from ..core.training import autocast
@@ -189,27 +189,21 @@ def inversion_loss(
     terms = {name: _term(name, batch, options.get(name, {})) for name in shares}
     return sum(shares[name] * terms[name] for name in terms), terms
 
-# %% ../../nbs/inversion/01_invert.ipynb #1edd2005
-@contextmanager
-def frozen(module: nn.Module, mode: str = "eval") -> Iterator[nn.Module]:
-    "`module` in `eval` or `train` mode without parameter gradients; all is put back afterwards."
+# %% ../../nbs/inversion/01_invert.ipynb #58fca876
+def frozen(
+    module: nn.Module, # Not changed
+    mode: str = "eval", # Or "train"
+) -> nn.Module: # Shares the weights of `module`
+    "A private copy in `eval` or `train` mode whose parameters take no gradients."
     modes = ("eval", "train")
     if mode not in modes: raise unknown("mode of a frozen network", mode, modes)
-    needed = [(p, p.requires_grad) for p in module.parameters()]
-    buffers = [(b, b.clone()) for b in module.buffers()] if mode == "train" else []
-    with eval_mode(module):  # puts the modes back
-        try:
-            for p, _ in needed: p.requires_grad_(False)
-            yield module.train(mode == "train")
-        finally:
-            for p, needs in needed: p.requires_grad_(needs)
-            with torch.no_grad():
-                for b, before in buffers: b.copy_(before)
+    return private_copy(module, mode, detach=True)
 
-# %% ../../nbs/inversion/01_invert.ipynb #58fca876
+# %% ../../nbs/inversion/01_invert.ipynb #b149666f
 def _classify(classifier: nn.Module, images: Tensor, n_outputs: int) -> tuple[Tensor, Tensor]:
     "Logits [N, n_outputs] and features. `NiooddError` if the classifier has other outputs."
-    logits, features = logits_and_features(classifier, images)
+    own = floating_tensor(classifier)
+    logits, features = logits_and_features(classifier, images if own is None else images.to(own.dtype))
     if logits.shape[1] == n_outputs: return logits, features
     raise NiooddError(f"the generator is made for {n_outputs} outputs, "
                       f"but the classifier has {logits.shape[1]}; make them agree")
@@ -227,7 +221,8 @@ def _generate(
     c, y = sample_conditions(n, generator.n_outputs, **conditions._asdict(), device=device)
     with autocast(precision, device):
         images = generator.sample(c, y)
-        logits, features = _classify(classifier, images, generator.n_outputs)
+        # A copy, since some networks write to their input
+        logits, features = _classify(classifier, images.clone(), generator.n_outputs)
     return GeneratedBatch(logits.float(), features.float(), c, y, images.float())
 
 # %% ../../nbs/inversion/01_invert.ipynb #1f911bf4
@@ -236,14 +231,18 @@ def _grad_norm(term: Tensor, params: list[Tensor]) -> float:
     grads = torch.autograd.grad(term, params, retain_graph=True, materialize_grads=True)
     return torch.stack([g.square().sum() for g in grads]).sum().sqrt().item()
 
-def _not_finite(terms: dict[str, Tensor], logits: Tensor, step: int) -> NiooddError:
-    "The error that names the first term that is not finite."
+def _check_terms(logits: Tensor, total: Tensor, terms: dict[str, Tensor], step: int) -> None:
+    "Raises the `NiooddError` that names the first term that is not finite, or says that there is no gradient."
+    if not logits.requires_grad:
+        raise NiooddError("no gradient comes from the classifier's output to its images; expected one; "
+                          "its forward runs under no_grad or inference_mode")
+    if total.isfinite(): return
     if not logits.isfinite().all():
-        return NiooddError(f"the classifier's logits are not finite at generator step {step}; "
-                           "check its weights, and that it takes images in [-1, 1]")
+        raise NiooddError(f"the classifier's logits are not finite at generator step {step}; "
+                          "check its weights, and that it takes images in [-1, 1]")
     name, value = next((k, t.item()) for k, t in terms.items() if not t.isfinite())
-    return NiooddError(f"the generator's {name} loss became {value} at step {step}; "
-                       f"lower its learning rate or the weight of {name}")
+    raise NiooddError(f"the generator's {name} loss became {value} at step {step}; "
+                      f"lower its learning rate or the weight of {name}")
 
 # %% ../../nbs/inversion/01_invert.ipynb #33e0d210
 class TrainingOptions(NamedTuple):
@@ -253,6 +252,8 @@ class TrainingOptions(NamedTuple):
     precision: str = "float32" # Of convolutions and products: or "bfloat16"
 
 # %% ../../nbs/inversion/01_invert.ipynb #ff144857
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train_generator(
     generator: Generator, # Trained in place, left in train mode
     classifier: nn.Module, # Any classifier of its images; left as found
@@ -279,19 +280,19 @@ def train_generator(
                           "the losses compare images of a batch, so at least 2 are needed")
     shares, params = _shares(weights), list(generator.parameters())
     logs, gradients = [], []
-    with frozen(classifier, options.frozen_mode):
-        generator.train()
-        for step in trange(steps, desc="generator", leave=False, disable=not progress):
-            batch = _generate(generator, classifier, batch_size, conditions, options.precision)
-            total, terms = inversion_loss(batch, weights, loss_options)
-            if not total.isfinite(): raise _not_finite(terms, batch.logits, step)
-            if options.grad_every and step % options.grad_every == 0:
-                gradients.append([_grad_norm(shares[k] * term, params) for k, term in terms.items()])
-            optimiser.zero_grad()
-            total.backward()
-            optimiser.step()
-            accuracy = (batch.logits.argmax(1) == batch.labels).float().mean()
-            logs.append(torch.stack([total, *terms.values(), accuracy]).detach())
+    classifier = frozen(classifier, options.frozen_mode)
+    generator.train()
+    for step in trange(steps, desc="generator", leave=False, disable=not progress):
+        batch = _generate(generator, classifier, batch_size, conditions, options.precision)
+        total, terms = inversion_loss(batch, weights, loss_options)
+        _check_terms(batch.logits, total, terms, step)
+        if options.grad_every and step % options.grad_every == 0:
+            gradients.append([_grad_norm(shares[k] * term, params) for k, term in terms.items()])
+        optimiser.zero_grad()
+        total.backward()
+        optimiser.step()
+        accuracy = (batch.logits.argmax(1) == batch.labels).float().mean()
+        logs.append(torch.stack([total, *terms.values(), accuracy]).detach())
     return _means(list(terms), logs, gradients)
 
 # %% ../../nbs/inversion/01_invert.ipynb #901b934f
@@ -359,10 +360,10 @@ def draw(
     c, y = sample_conditions(n, k, **conditions._asdict(), labels=labels)
     order = _drawing_order(n, mode, y)
     images, logits = [], []
-    with frozen(generator, "train" if mode == "mixed" else "eval"), frozen(classifier):
-        for part in order.tensor_split(-(-n // batch_size)):
-            images.append(to_uint8(generator.sample(c[part].to(device), y[part].to(device))))
-            logits.append(_classify(classifier, to_input(images[-1]), k)[0].float().cpu())
+    generator, classifier = frozen(generator, "train" if mode == "mixed" else "eval"), frozen(classifier)
+    for part in order.tensor_split(-(-n // batch_size)):
+        images.append(to_uint8(generator.sample(c[part].to(device), y[part].to(device))))
+        logits.append(_classify(classifier, to_input(images[-1]), k)[0].float().cpu())
     back = order.argsort()
     all_images, all_logits = torch.cat(images).cpu()[back], torch.cat(logits)[back]
     return Inverted(all_images, c, y, all_logits.argmax(1), all_logits.softmax(1))
@@ -382,19 +383,18 @@ def _usual_shapes(
     else: some_channels = [1, 3]
     return list(product(some_channels, [size] if size else _SIZES))
 
-# %% ../../nbs/inversion/01_invert.ipynb #1626f027
+# %% ../../nbs/inversion/01_invert.ipynb #1edd2005
 @torch.no_grad()
 def _try_shapes(
     classifier: nn.Module,
     shapes: list[tuple[int, int]], # (channels, size)
 ) -> tuple[dict, Exception | None]: # Shape → logits [2, K]; the last error
     "The logits of two grey images of each shape that `classifier` takes; at most two shapes."
-    device = next((p.device for p in classifier.parameters()), "cpu")
-    logits, error = {}, None
+    classifier, logits, error = frozen(classifier), {}, None
     for channels, size in shapes:
-        grey = torch.zeros(2, channels, size, size, device=device)
+        grey = torch.zeros(2, channels, size, size)
         try:
-            with frozen(classifier): answer, _ = logits_and_features(classifier, grey)
+            answer, _ = logits_and_features(classifier, as_input(grey, classifier))
             logits[channels, size] = answer
         except Exception as e: error = e  # whatever a foreign network raises
         if len(logits) > 1: break
@@ -443,6 +443,7 @@ def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
         yield
 
 # %% ../../nbs/inversion/01_invert.ipynb #d87d64c0
+@torch.inference_mode(False)
 def invert(
     classifier: nn.Module, # Any classifier of square images in [-1, 1]; left as found
     n: int = 1000, # Images to draw in the end

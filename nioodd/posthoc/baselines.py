@@ -8,7 +8,6 @@ __all__ = ['Scorer', 'BASELINES', 'TEMPERATURES', 'EPSILONS', 'NOT_RUN', 'FitDat
            'ensemble_score', 'kl_per_image', 'bayes_adapter']
 
 # %% ../../nbs/posthoc/01_baselines.ipynb #5f75ad64
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.errors import NiooddError
-from ..core.forward import as_input, batches, logits_and_features
+from ..core.forward import as_input, batches, call_network, independent_copy, logits_and_features
 from ..core.registry import Registry
 from ..core.scores import energy, entropy, max_logit, msp
 from .outputs import Outputs, output_layer
@@ -170,12 +169,18 @@ def logits_score(name: str | None = None, source: str = "our own"):
         return score
     return register
 
-# %% ../../nbs/posthoc/01_baselines.ipynb #ddcc4a40
-def _frozen(module: nn.Module) -> nn.Module: return copy.deepcopy(module).eval().requires_grad_(False)
+# %% ../../nbs/posthoc/01_baselines.ipynb #17ea25a9
+class _Logits(nn.Module):
+    "A copy of a network whose output is logits and nothing else."
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = independent_copy(network)
+
+    def forward(self, x: Tensor) -> Tensor: return call_network(self.network, x)
 
 def _frozen_output_layer(data: FitData) -> nn.Linear:
     "A copy of the network's output layer, on the CPU. Errors as `output_layer`."
-    return _frozen(output_layer(data.model, as_input(data.images[:2], data.model))).cpu()
+    return independent_copy(output_layer(data.model, as_input(data.images[:2], data.model))).cpu()
 
 def _bias(layer: nn.Linear) -> Tensor: # Zeros if it has none
     return layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
@@ -370,7 +375,7 @@ def _image_parts(model: nn.Module, images: Tensor) -> list[Tensor]:
 @_baseline("odin", ood.ODIN, "T = 1000; ε of 0…0.004 with the highest mean max p on held-out ID images",
            needs="images", learns_from="held-out")
 def _odin(data: FitData, temperature: float = 1000.):
-    model = _frozen(data.model)
+    model = _Logits(data.model)
     eps = EPSILONS[odin_grid(model, data.held_out_images[:500], [temperature])[0].argmax()]
     def score(x: Tensor) -> Tensor: return msp(odin_logits(model, x, [eps], temperature)[0] / temperature)
     def score_parts(images: Tensor): return [score(x) for x in _image_parts(model, images)]
@@ -405,13 +410,13 @@ def stages(
     cuts = [0, *sorted(ends.values()), len(body)]
     return [body[start:end] for start, end in zip(cuts, cuts[1:])]
 
-# %% ../../nbs/posthoc/01_baselines.ipynb #17ea25a9
+# %% ../../nbs/posthoc/01_baselines.ipynb #ddcc4a40
 def _from_images(name: str, detector: type, create: Callable, settings: str,
                  learns_from: str = "training") -> None:
     "`create(data, network)` → function of images as the network takes them."
     @_baseline(name, detector, settings, needs="images", learns_from=learns_from)
     def build(data: FitData):
-        model = _frozen(data.model)
+        model = _Logits(data.model)
         score = create(data, model)
         def score_parts(images: Tensor):
             return [score(as_input(x, model)) for x in _image_parts(model, images)]
@@ -495,7 +500,7 @@ def bayes_adapter(
     Normalisation layers stay as they are. Returned are the network with weights μ, σ by parameter name, and
     the negative log-likelihood of each step.
     Raises `NiooddError` for labels that do not fit the network, and when the loss is not finite."""
-    net, losses = copy.deepcopy(model).eval(), []
+    net, losses = independent_copy(model), []
     own, device = dict(net.named_parameters()), next(net.parameters()).device
     with torch.no_grad(): n_outputs = net(as_input(images[:1], net)).shape[1]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

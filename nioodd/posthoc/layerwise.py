@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.detector import Detector
+from ..core.detector import Detector, all_images, check_sorted_scores
 from ..core.errors import NiooddError
-from ..core.forward import as_input, batches, eval_mode, layer_inputs, logits_of
+from ..core.forward import as_input, batches, layer_inputs, logits_of, private_copy
 from ..core.registry import patch
 from ..core.scores import energy
 
@@ -29,7 +29,14 @@ def _last_of_each_resolution(maps: dict[str, Tensor]) -> set[str]: # Of [B, C, H
     for name, t in maps.items(): last[t.shape[2:]] = name # A later layer takes the place of an earlier one
     return set(last.values())
 
-# %% ../../nbs/posthoc/02_layerwise.ipynb #2cf4cfb4
+# %% ../../nbs/posthoc/02_layerwise.ipynb #f60388e8
+def _without_squeezes(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    "Without vectors, and maps of one pixel, that are read before the last map: they weigh its channels."
+    has_positions = [t.shape[2:].numel() > 1 for t in inputs.values()]
+    if True not in has_positions: return inputs
+    last = len(has_positions) - 1 - has_positions[::-1].index(True)
+    return {name: t for i, (name, t) in enumerate(inputs.items()) if i > last or has_positions[i]}
+
 def _four_of_each_shape(sequences: dict[str, Tensor]) -> set[str]: # Of [B, C, T]
     "Four evenly spaced layers among those that read sequences of one shape, the last one included."
     by_shape: dict[torch.Size, list[str]] = {}
@@ -51,11 +58,12 @@ def listening_posts(
     shape are skipped.
 
     Raises `NiooddError` for a network without such layers."""
-    with eval_mode(model): inputs = layer_inputs(model, x)[1]
+    inputs = layer_inputs(private_copy(model), x)[1]
     inputs = {name: t for name, t in inputs.items() if len(t) == len(x) and t.shape != x.shape}
+    inputs = _without_squeezes(inputs)
     vectors = {name for name, t in inputs.items() if t.ndim == 2}
     sequences = {name: t for name, t in inputs.items() if t.ndim == 3}
-    maps = {name: t for name, t in inputs.items() if t.ndim == 4}
+    maps = {name: t for name, t in inputs.items() if t.ndim > 3}
     chosen = vectors | _last_of_each_resolution(maps) | _four_of_each_shape(sequences)
     if not chosen:
         raise NiooddError(f"{type(model).__name__} has no linear or convolutional layer after its first; "
@@ -70,6 +78,7 @@ def directions(
     root mean square of each channel."""
     if t.ndim == 2: return {"": F.normalize(t.float(), dim=1)}
     if t.ndim == 3: t = t[:, :, None]
+    if t.ndim == 5: t = t.flatten(2, 3) # Slices of a volume below each other
     fields = [min(4, side) for side in t.shape[2:]]
     where = F.adaptive_max_pool2d(t, fields).flatten(1)
     what = t.square().mean((2, 3)).sqrt()
@@ -85,7 +94,7 @@ def read_directions(
     "One forward pass in eval mode: the logits, and what the layers read, as `directions`."
     layers = list(dict.fromkeys(name.partition(" ")[0] for name in names))
     x = as_input(x, model)
-    with eval_mode(model): logits, inputs = layer_inputs(model, x, layers)
+    logits, inputs = layer_inputs(private_copy(model), x, layers)
     read = {}
     for layer in layers:
         for kind, u in directions(inputs[layer]).items(): read[layer + kind] = u
@@ -125,6 +134,9 @@ class Bank:
 
     def __call__(self, u: Tensor) -> Tensor: # float32 [B, D], rows of length 1 → float64 [B] on the CPU
         "Minus the largest product with a known direction, within the subspace."
+        if u.shape[1] != len(self.basis):
+            raise NiooddError(f"a layer reads {u.shape[1]} numbers, but its bank has {len(self.basis)}; "
+                              "expected images of the shape that the detector was fitted with, and the same network")
         within = F.normalize(u.double(), dim=1) @ self.basis.to(u.device)
         known = self.known.to(u.device)
         with torch.autocast(u.device.type, enabled=False): nearest = (within.float() @ known.T).argmax(1)
@@ -196,6 +208,7 @@ def evidence(self: LayerwiseDetector,
 ) -> tuple[Tensor, dict[str, Tensor]]: # Logits [B, K]; by name, float64 [B] ≥ 0: −log p
     "How unlikely the energy of the logits, and what each layer reads, would be for a known image."
     self._check_fitted()
+    self.check_input(x)
     parts = [layer_scores(self.model, part, self.banks, self.n_known) for part in self.parts(x)]
     surprises = {}
     for name, surprise in self.surprise.items():
@@ -326,13 +339,15 @@ def fit(self: LayerwiseDetector,
     held_out=None, # ID images that it was not trained on, in one of these forms; None: a quarter of `train`
     *,
     false_alarms: float = 0.05, # Share of known images that the threshold may reject
+    n: int = 20000, # Of `train`, at most so many are read; of a loader, no more are kept in memory
     **options, # Of `learn`
 ) -> LayerwiseDetector: # Itself
     "As `Detector.fit`. A fit that fails leaves the detector as it was."
-    before = self.banks, self.surprise
-    try: return Detector.fit(self, train, held_out, false_alarms=false_alarms, **options)
+    if train is not None: train = all_images(train, n if held_out is not None else 2 * n)
+    before = self.banks, self.surprise, self.reads
+    try: return Detector.fit(self, train, held_out, false_alarms=false_alarms, n=n, **options)
     except NiooddError:
-        self.banks, self.surprise = before
+        self.banks, self.surprise, self.reads = before
         raise
 
 # %% ../../nbs/posthoc/02_layerwise.ipynb #c7a24442
@@ -347,7 +362,14 @@ def learnt(self: LayerwiseDetector) -> dict[str, Tensor]:
     for i, (name, surprise) in enumerate(self.surprise.items()): tensors[f"known.{i:03}.{name}"] = surprise.known
     return tensors
 
-# %% ../../nbs/posthoc/02_layerwise.ipynb #f60388e8
+# %% ../../nbs/posthoc/02_layerwise.ipynb #c75a644e
+def _check_bank(name: str, basis: Tensor, bank: Tensor) -> None:
+    "Raise `NiooddError` unless a saved basis [D, d] and bank [M, d] fit together."
+    fit = basis.ndim == bank.ndim == 2 and basis.shape[1] == bank.shape[1] and len(bank) and len(basis)
+    if fit and all(t.is_floating_point() and t.isfinite().all() for t in (basis, bank)): return
+    raise NiooddError(f"the bank of {name} has shapes {list(basis.shape)} and {list(bank.shape)}; "
+                      "expected [D, d] and [M, d], finite; fit the detector again and save it")
+
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "The tensors whose name begins with `prefix`, without it, in the order of their names."
     return {name.removeprefix(prefix): t for name, t in sorted(tensors.items()) if name.startswith(prefix)}
@@ -361,5 +383,7 @@ def restore(self: LayerwiseDetector, tensors: dict[str, Tensor]) -> None:
     if not complete or self.calibration is None:
         raise NiooddError("the saved LayerwiseDetector lacks a bank or a distribution; "
                           "expected all that its save wrote; fit it again and save it")
+    for name in basis: _check_bank(name, basis[name], bank[name])
+    for name, scores in known.items(): check_sorted_scores(scores, f"the distribution of {name}")
     self.surprise = {name: Surprise(t) for name, t in known.items()}
     self.banks = {name: Bank(basis[name].double(), bank[name].float()) for name in known if name != "energy"}

@@ -16,8 +16,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from ..core.errors import NiooddError
-from ..core.files import load_tensors, save_tensors
-from ..core.forward import each_batch, eval_mode, last_inputs, pooled
+from ..core.files import map_tensors, save_tensors
+from ..core.forward import each_batch, last_inputs, pooled, private_copy
 
 # %% ../../nbs/posthoc/00_outputs.ipynb #35225008
 class Outputs(NamedTuple):
@@ -54,12 +54,13 @@ def network_outputs(
 def output_layer(
     model: nn.Module,
     x: Tensor, # float32, one or a few images as the model takes them
-) -> nn.Linear: # The layer itself, not a copy
+) -> nn.Linear: # With the network's own weights
     "The linear layer that gives the logits. Raises `NiooddError` if another layer or operation comes last."
-    with eval_mode(model), torch.no_grad():
-        logits, inputs = last_inputs(model, x)
+    copy = private_copy(model)
+    with torch.no_grad():
+        logits, inputs = last_inputs(copy, x)
         name, features = [*inputs.items()][-1]
-        layer = model.get_submodule(name)
+        layer = copy.get_submodule(name)
         linear = isinstance(layer, nn.Linear) and features.ndim == 2
         if linear and torch.equal(layer(features), logits): return layer
     raise NiooddError(f"the logits of this {type(model).__name__} are not those of its last linear layer; "
@@ -102,4 +103,4 @@ def kept_outputs(
                 outputs = network_outputs(model, images, progress=progress)
                 save_tensors(path, outputs._asdict())
         Path(f"{path}.lock").unlink(missing_ok=True)
-    return Outputs(**load_tensors(path)[0])
+    return Outputs(**map_tensors(path))

@@ -11,27 +11,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..core.detector import Detector, all_images
+from ..core.detector import Detector, known_images
 from ..core.errors import NiooddError
-from ..core.images import ImageSet
+from ..core.forward import unwrapped
+from ..core.images import ImageSet, one_line
 from ..core.registry import patch
 from .baselines import BASELINES, FitData, Scorer, baseline_of, check_fit
 from .outputs import Outputs, network_outputs
 
 # %% ../../nbs/posthoc/03_score_detector.ipynb #aee77b87
 def labelled_images(
-    images, # A tensor [N, C, H, W], an `ImageSet`, or a loader of batches x, (x,) or (x, y)
+    images, # See `nioodd.core.detector.id_batches`
+    n: int | None = None, # Of a loader, at most so many are kept; None: all
+    seed: int = 0, # Of which these are
 ) -> ImageSet: # `labels` is None where none are given
     "All ID images, with their labels. Raises `NiooddError` for what is none of these."
     if isinstance(images, ImageSet): return images
-    if isinstance(images, Tensor): return ImageSet("images", images)
-    try: batches = list(images) # Once, since a loader may shuffle
-    except TypeError: batches = images # Nothing that can be gone through: `all_images` says so
-    x = all_images(batches)
-    labels = [b[1] for b in batches if isinstance(b, (tuple, list)) and len(b) > 1]
-    if not labels: return ImageSet("images", x)
-    labels = torch.cat(labels)
-    return ImageSet("images", x, labels[labels >= 0])
+    return ImageSet("images", *known_images(images, n, seed))
 
 # %% ../../nbs/posthoc/03_score_detector.ipynb #898fad78
 class ScoreDetector(Detector):
@@ -64,6 +60,15 @@ def _fit_data(self: ScoreDetector, outputs: Outputs, images: Tensor, labels: Ten
 
 # %% ../../nbs/posthoc/03_score_detector.ipynb #224dc924
 @patch
+def _tried(self: ScoreDetector, f: Callable, argument):
+    "`f(argument)`. What it raises becomes a `NiooddError`: many scores come from other packages."
+    try: return f(argument)
+    except NiooddError: raise
+    except Exception as e:
+        raise NiooddError(f"{self.baseline.name} cannot be computed for this {type(unwrapped(self.model)).__name__} "
+                          f"({type(e).__name__}: {one_line(e)}); choose another score") from e
+
+@patch
 def learn_from(self: ScoreDetector,
     known: ImageSet, # Training images, or a part of the held-out ones; with labels, or without
     seed: int = 0, # Of what the score draws
@@ -84,7 +89,7 @@ def learn_from(self: ScoreDetector,
     labels = outputs.logits.argmax(1) if known.labels is None else known.labels
     data = self._fit_data(outputs, known.images, labels, seed)
     if self.baseline.learns_from == "training": check_fit(data)
-    self.scorer, self.data = self.baseline.scorer(data), data
+    self.scorer, self.data = self._tried(self.baseline.scorer, data), data
 
 # %% ../../nbs/posthoc/03_score_detector.ipynb #c88a44a0
 @patch
@@ -100,7 +105,10 @@ def fit(self: ScoreDetector,
 
     Without held-out images a quarter of `train` calibrates; all of it if the score learns nothing from it.
     Raises `NiooddError` for too few images, missing labels, or a network that the score cannot read."""
-    train, held_out = self._given(train, held_out, seed)
+    given = held_out is not None
+    train, held_out = self._given(train, held_out, seed, n)
+    learns = self.baseline.learns_from == "training"
+    self.see(train.images if learns else None, held_out.images, given)
     if self.baseline.learns_from == "held-out":
         known, held_out = _split(held_out, len(held_out) // 2, seed)
     elif self.requires_fit: known = _split(train, n, seed)[0] if len(train) > n else train
@@ -117,13 +125,13 @@ def _split(s: ImageSet, n: int, seed: int) -> tuple[ImageSet, ImageSet]:
     return s[order[:n]], s[order[n:]]
 
 @patch
-def _given(self: ScoreDetector, train, held_out, seed: int) -> tuple[ImageSet | None, ImageSet]:
+def _given(self: ScoreDetector, train, held_out, seed: int, n: int) -> tuple[ImageSet | None, ImageSet]:
     "Training and held-out images as image sets. Raises `NiooddError` where they are needed and missing."
     if train is None and (held_out is None or self.requires_fit):
         or_fewer = "" if self.requires_fit else ", or fit(held_out=images)"
         raise NiooddError(f"{self.baseline.name} has no images to learn from; "
                           f"expected fit(train, held_out){or_fewer}")
-    train = None if train is None else labelled_images(train)
+    if train is not None: train = labelled_images(train, n if held_out is not None else 2 * n, seed)
     if held_out is not None: return train, labelled_images(held_out)
     return _split(train, len(train) * 3 // 4 if self.requires_fit else 0, seed)
 
@@ -141,9 +149,10 @@ def logits_and_scores(self: ScoreDetector,
 ) -> tuple[Tensor, Tensor]: # [B, K]; float64 [B]: both on the CPU
     "Logits and scores. Raises `NiooddError` where the score is NaN."
     self._check_fitted()
-    if self.baseline.needs == "images": return self.logits(x), self.scorer(x)
+    self.check_input(x)
+    if self.baseline.needs == "images": return self.logits(x), self._tried(self.scorer, x)
     outputs = network_outputs(self.model, x)
-    return outputs.logits, self.scorer(outputs)
+    return outputs.logits, self._tried(self.scorer, outputs)
 
 @patch
 def predict(self: ScoreDetector,
@@ -151,7 +160,8 @@ def predict(self: ScoreDetector,
 ) -> Tensor: # float64 [B], on the CPU
     "Scores of images: higher = more OOD. Raises `NiooddError` where a score is NaN."
     self._check_fitted()
-    return self.scorer(x if self.baseline.needs == "images" else network_outputs(self.model, x))
+    self.check_input(x)
+    return self._tried(self.scorer, x if self.baseline.needs == "images" else network_outputs(self.model, x))
 
 # %% ../../nbs/posthoc/03_score_detector.ipynb #152d609f
 @patch

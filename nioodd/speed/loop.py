@@ -27,7 +27,7 @@ from torchvision import transforms
 from tqdm.auto import tqdm
 
 from ..core.datasets import Problem, load
-from ..core.forward import hooked
+from ..core.forward import listen, private_copy
 from ..core.images import ImageSet, to_input
 from ..core.training import arithmetic, autocast, has_bfloat16, train_epoch
 from ..inversion.config import preset
@@ -58,59 +58,44 @@ def _forward_flops(layer: nn.Module, x: Tensor, y: Tensor) -> int:
 
 # %% ../../nbs/speed/00_loop.ipynb #c5c117f7
 def layer_calls(
-    step: Callable[[], object],  # The forward part of a training step
-    *networks: nn.Module,  # Whose layers are to be looked at
+    step: Callable[..., object], # step(*networks): the forward part of a training step
+    *networks: nn.Module, # Private copies
 ) -> list[LayerCall]:
-    "The linear and convolutional layers of `networks` that `step()` calls, in order, with their cost."
+    "The linear and convolutional layers that `step` calls, in order, with their cost."
     calls = []
 
-    def note(layer, args, y):
+    def note(layer, args, kwargs, y):
         x, weights = args[0], [p for p in layer.parameters() if p.requires_grad]
         f = _forward_flops(layer, x, y)
         passes = 1 + x.requires_grad + layer.weight.requires_grad
-        calls.append(
-            LayerCall(layer, x.detach().requires_grad_(x.requires_grad), weights, f, passes * f)
-        )
+        calls.append(LayerCall(layer, x.detach().requires_grad_(x.requires_grad), weights, f, passes * f))
 
-    layers = [
-        m
-        for n in networks
-        for m in n.modules()
-        if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))
-    ]
-    with hooked(layers, note):
-        step()
+    for network in networks:
+        listen([m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))], note)
+    step(*networks)
     return calls
 
 # %% ../../nbs/speed/00_loop.ipynb #10d5c985
-def classifier_calls(
-    classifier: nn.Module, images: Tensor, precision: str = "float32"
-) -> list[LayerCall]:
+def classifier_calls(classifier: nn.Module, images: Tensor, precision: str = "float32") -> list[LayerCall]:
     "What one training step of `classifier` on uint8 images [N, C, H, W] calls."
     device = next(classifier.parameters()).device
 
-    def step():
-        with autocast(precision, device):
-            classifier.train()(
-                to_input(images.to(device)).contiguous(memory_format=torch.channels_last)
-            )
+    def step(network):
+        x = to_input(images.to(device)).contiguous(memory_format=torch.channels_last)
+        with autocast(precision, device): network(x)
 
-    return layer_calls(step, classifier)
+    return layer_calls(step, private_copy(classifier, "train"))
 
 
-def generator_calls(
-    generator: Generator, classifier: nn.Module, n: int, precision: str = "float32"
-) -> list[LayerCall]:
+def generator_calls(generator: Generator, classifier: nn.Module, n: int, precision: str = "float32") -> list[LayerCall]:
     "What one training step of `generator` on n images against the frozen `classifier` calls."
     device = next(generator.parameters()).device
     c, y = sample_conditions(n, generator.n_outputs, device=device)
 
-    def step():
-        with autocast(precision, device):
-            classifier(generator.train().sample(c, y))
+    def step(learning, fixed):
+        with autocast(precision, device): fixed(learning.sample(c, y))
 
-    with frozen(classifier):
-        return layer_calls(step, generator, classifier)
+    return layer_calls(step, private_copy(generator, "train"), frozen(classifier))
 
 # %% ../../nbs/speed/00_loop.ipynb #956d2e91
 Job = Callable[[], object]  # Does a fixed amount of work

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..core.datasets import evenly, load
 from ..core.errors import NiooddError
 from ..core.files import provenance, write_atomic
-from ..core.forward import as_input, eval_mode
+from ..core.forward import as_input, call_network, parameters_of, private_copy
 from ..core.images import ImageSet
 from ..core.metrics import accuracy_all, ood_metrics
 from ..core.options import check_options, option
@@ -82,10 +82,10 @@ def error_change(
 
     E is the cross-entropy to the network's own prediction. Every layer must have a rule for
     `torch.func.jvp`, as convolutions, pooling and the usual activations have."""
-    weights = {k: p.detach() for k, p in model.named_parameters() if k in direction}
+    weights = {k: p.detach() for k, p in parameters_of(model).items() if k in direction}
     one = torch.ones(()).to(x)
-    with eval_mode(model), torch.no_grad():
-        y = model(x).argmax(1)
+    with torch.no_grad():
+        y = call_network(private_copy(model), x).argmax(1)
 
         def errors(t):
             z = call_with(model, {k: w + t * direction[k] for k, w in weights.items()}, x)

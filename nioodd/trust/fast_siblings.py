@@ -8,20 +8,55 @@ __all__ = ['CONVOLUTION_BEFORE', 'Pairs', 'ACCELERATIONS', 'SAME', 'MAPS', 'ROWS
            'fused']
 
 # %% ../../nbs/trust/01_fast_siblings.ipynb #3d6eeb1d
-import copy
 import operator
 from collections import Counter
 from collections.abc import Collection, Iterable
+from functools import partial
+from threading import Lock
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import _patch_wrapped_functions, _Patcher
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..core.errors import NiooddError
-from ..core.forward import batches
+from ..core.forward import batches, parameters_of, private_copy
 from ..core.registry import patch
+
+# %% ../../nbs/trust/01_fast_siblings.ipynb #e0a056dd
+_one_at_a_time = Lock() # Held while a network is traced
+
+class _Tracer(fx.Tracer):
+    "As `fx.Tracer`, but other modules of the process run on undisturbed."
+    def trace(self, root: nn.Module) -> fx.Graph: # A private copy
+        self.root, self.graph = root, fx.Graph(tracer_cls=fx.Tracer)
+        self.submodule_paths = {m: name for name, m in root.named_modules()}
+        self.tensor_attrs = {t: f"{path}.{name}".lstrip(".") for m, path in self.submodule_paths.items()
+                             for name, t in vars(m).items() if isinstance(t, Tensor)}
+        kinds = {m: type(m) for m in self.submodule_paths}
+        proxies: dict[str, fx.Proxy] = {} # Of parameters, by name
+        with _one_at_a_time, _Patcher() as patcher:
+            _patch_wrapped_functions(patcher) # Functions of `fx.wrap`: they look who calls
+            try:
+                for m, kind in kinds.items(): m.__class__ = self._watched(kind, proxies)
+                image = self.create_proxy("placeholder", "x", (), {})
+                self.create_node("output", "output", (self.create_arg(kinds[root].forward(root, image)),), {})
+            finally:
+                for m, kind in kinds.items(): m.__class__ = kind
+        return self.graph
+
+    def _watched(self, kind: type, proxies: dict) -> type:
+        "A class like `kind` that tells of calls and of reading parameters."
+        tracer = self
+
+        class Watched(kind):
+            def __getattr__(self, name): return tracer.getattr(name, kind.__getattr__(self, name), proxies)
+            def __call__(self, *args, **kwargs):
+                return tracer.call_module(self, partial(kind.__call__, self), args, kwargs)
+        Watched.__module__, Watched.__name__ = kind.__module__, kind.__name__ # By these it tells PyTorch's own layers
+        return Watched
 
 # %% ../../nbs/trust/01_fast_siblings.ipynb #b89f1be2
 def check_graph_shows_all(model: nn.Module) -> None:
@@ -41,9 +76,8 @@ class Operations:
     Raises `NiooddError` as `check_graph_shows_all`, and whatever `torch.fx` raises where it cannot trace."""
     def __init__(self, model: nn.Module):
         check_graph_shows_all(model)
-        shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
-        self.model = copy.deepcopy(model, shared).eval()
-        self.graph = fx.Tracer().trace(self.model)
+        self.model = private_copy(model)
+        self.graph = _Tracer().trace(self.model)
         self.modules = dict(self.model.named_modules(remove_duplicate=False))
         self.calls = Counter(n.target for n in self.graph.nodes if n.op == "call_module")
         for node in list(self.graph.nodes):
@@ -136,17 +170,15 @@ def sibling(
     weights: dict[str, Tensor], # Parameters by name, to be replaced
 ) -> nn.Module: # In eval mode; shares all other parameters and buffers with `model`
     "A copy of `model` with other weights, those of convolutions in the channels-last layout."
-    own = dict(model.named_parameters())
-    table = {id(t): t for t in (*own.values(), *model.buffers())}
-    for name, w in weights.items():
+    def parameter(w: Tensor) -> nn.Parameter:
         w = w.clone(memory_format=torch.channels_last) if w.ndim == 4 else w
-        table[id(own[name])] = nn.Parameter(w, requires_grad=False)
-    return copy.deepcopy(model, table).eval()
+        return nn.Parameter(w, requires_grad=False)
+    return private_copy(model, weights={name: parameter(w) for name, w in weights.items()})
 
 # %% ../../nbs/trust/01_fast_siblings.ipynb #3c5c44d7
 ACCELERATIONS = ("fold norms", "share trunk", "side by side", "pack weights")
 
-# %% ../../nbs/trust/01_fast_siblings.ipynb #e0a056dd
+# %% ../../nbs/trust/01_fast_siblings.ipynb #3013e1fb
 class Stacked:
     """S siblings of `model` that run together: images float [B, C, H, W] → logits [S, B, K].
 
@@ -160,7 +192,7 @@ class Stacked:
         pairs = [] if "fold norms" in without else remove_norms(self.operations)
         self.members = [sibling(self.operations.model, w) for w in weights]
         for m in self.members: fold(m, pairs)
-        own = dict(model.named_parameters())
+        own = parameters_of(model)
         self._split({id(own[name]) for name in weights[0]}, pairs)
         self.together: fx.GraphModule | None = None # Side by side, once a single image has come
         self.untried = "side by side" not in without # Whether that has not been tried yet
@@ -169,19 +201,17 @@ class Stacked:
     def __call__(self, x: Tensor) -> Tensor: # float [B, C, H, W] → [S, B, K]
         "Logits of all siblings, without gradients."
         if len(x) == 1 and x.is_cpu: return self._of_one_image(x)
-        parts = batches(self.networks, x, run=self._logits)
-        return torch.cat([self._logits(part) for part in parts], 1)
+        parts = batches(self.networks, x, run=_stacked_logits)
+        return torch.cat([_stacked_logits(self.networks, part) for part in parts], 1)
 
-# %% ../../nbs/trust/01_fast_siblings.ipynb #95eadf0d
-@patch
-def _logits(self: Stacked, x: Tensor) -> Tensor: # [B, C, H, W] → [S, B, K]
-    shared = self._trunk_results(x)
-    return torch.stack([branch(*shared) for branch in self.branches])
+# %% ../../nbs/trust/01_fast_siblings.ipynb #cb5916b5
+def _trunk_results(trunk: nn.Module, x: Tensor) -> tuple[Tensor, ...]: # What the trunk hands to the branches
+    return trunk(x.clone(memory_format=torch.channels_last) if x.ndim == 4 else x)
 
-# %% ../../nbs/trust/01_fast_siblings.ipynb #903c39c8
-@patch
-def _trunk_results(self: Stacked, x: Tensor) -> tuple[Tensor, ...]: # What the trunk hands to the branches
-    return self.trunk(x.clone(memory_format=torch.channels_last) if x.ndim == 4 else x)
+def _stacked_logits(networks: nn.ModuleList, x: Tensor) -> Tensor: # Trunk and branches; [B, C, H, W] → [S, B, K]
+    trunk, *branches = networks
+    shared = _trunk_results(trunk, x)
+    return torch.stack([branch(*shared) for branch in branches])
 
 # %% ../../nbs/trust/01_fast_siblings.ipynb #db3fc252
 @patch
@@ -356,11 +386,11 @@ def side_by_side(stacked: Stacked) -> fx.GraphModule: # What the trunk gives of 
     for node in operations: builder.add(node)
     return builder.finish(output)
 
-# %% ../../nbs/trust/01_fast_siblings.ipynb #4595d798
+# %% ../../nbs/trust/01_fast_siblings.ipynb #903c39c8
 @patch
 def _of_one_image(self: Stacked, x: Tensor) -> Tensor: # [1, C, H, W] → [S, 1, K]
-    if self.together is not None: return self.together(*self._trunk_results(x))[:, None]
-    z = self._logits(x)
+    if self.together is not None: return self.together(*_trunk_results(self.trunk, x))[:, None]
+    z = _stacked_logits(self.networks, x)
     if self.untried and z.isfinite().all(): self._try_side_by_side(x, z) # NaN could not tell
     return z
 
@@ -373,7 +403,7 @@ def _try_side_by_side(self: Stacked, x: Tensor, expected: Tensor) -> None:
         network = side_by_side(self)
         for m in network.modules():
             if isinstance(m, _SideBySideConv): m.may_pack = "pack weights" not in self.without
-        found = network(*self._trunk_results(x))[:, None]
+        found = network(*_trunk_results(self.trunk, x))[:, None]
         tolerance = 1e-4 * expected.abs().max().item()
         if torch.allclose(found, expected, rtol=0, atol=tolerance): self.together = network
     except Exception: pass # NotImplementedError, or what an operation raises on an unexpected shape
@@ -396,16 +426,16 @@ def _factors(model: nn.Module, pairs: Pairs) -> dict[str, Tensor]:
         if c.bias is not None: found[f"{conv}.bias"] = a
     return found
 
-# %% ../../nbs/trust/01_fast_siblings.ipynb #cb5916b5
+# %% ../../nbs/trust/01_fast_siblings.ipynb #95eadf0d
 def _folded(model: nn.Module) -> Fused:
     operations = Operations(model)
     pairs = remove_norms(operations)
-    convolutions = {k: p.detach() for k, p in model.named_parameters() if p.ndim == 4}
+    convolutions = {k: p.detach() for k, p in parameters_of(model).items() if p.ndim == 4}
     network = sibling(operations.model, convolutions) # Channels last
     fold(network, pairs)
     return Fused(fx.GraphModule(network, operations.graph), _factors(model, pairs))
 
-# %% ../../nbs/trust/01_fast_siblings.ipynb #3013e1fb
+# %% ../../nbs/trust/01_fast_siblings.ipynb #72ad5d89
 @torch.no_grad()
 def fused(
     model: nn.Module, # In eval mode; not modified
@@ -415,7 +445,7 @@ def fused(
     "`model` without dropout and with batch norms in the convolution before them, channels last."
     try:
         found, names = _folded(model), list(noisy)
-        own, theirs = dict(model.named_parameters()), dict(found.network.named_parameters())
+        own, theirs = parameters_of(model), dict(found.network.named_parameters())
         moved = sibling(model, {k: 1.1 * own[k] for k in names})(x.clone())
         by_factor = {k: theirs[k] + 0.1 * own[k] * found.factor.get(k, 1) for k in names}
         again = sibling(found.network, by_factor)(x.clone())

@@ -25,13 +25,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..core.detector import read_batch
 from ..core.errors import NiooddError, unknown
 from ..core.files import load_tensors, save_tensors
-from ..core.forward import as_input, as_logits, eval_mode
+from ..core.forward import as_input, call_network, parameters_of, private_copy
 from ..core.options import check_options, option
 from ..core.registry import Registry, patch
 from .fast_siblings import Fused, fused
-from .siblings import DISTRIBUTIONS, Siblings, Watch, call_with, check_swappable
+from .siblings import DISTRIBUTIONS, Siblings, Watch, call_with, check_replaceable
 
 # %% ../../nbs/trust/03_intervals.ipynb #9fc81306
 # Every layer; convolutions only; the output layer: the linear or convolutional one defined last
@@ -93,10 +94,10 @@ def scales(
 
     Raises `NiooddError` for an unknown `which`, weights that are not finite, or if none takes part."""
     if which not in WHICH: raise unknown("choice of parameters", which, WHICH)
-    check_swappable(model)
-    with eval_mode(model): # In training mode, reading a spectral norm changes it
-        found = _scales_by_id(model, which, norm)
-    names = {k: found[id(p)] for k, p in model.named_parameters() if id(p) in found}
+    check_replaceable(model)
+    copy = private_copy(model) # In training mode, reading a spectral norm changes it
+    found = _scales_by_id(copy, which, norm)
+    names = {k: found[id(p)] for k, p in copy.named_parameters() if id(p) in found}
     if names: return names
     raise NiooddError(f"{type(model).__name__} has no parameters for which={which!r}, norm={norm}; "
                       "expected at least one; "
@@ -115,7 +116,7 @@ def uniform_sigma(
     if not share >= 0:
         raise NiooddError(f"share is {share}; expected 0 or more; "
                           "0.1 moves each weight by a tenth of its layer's scale")
-    parameters = dict(model.named_parameters())
+    parameters = parameters_of(model)
     scale = scales(model, which, norm)
     return {k: torch.full_like(parameters[k].detach(), share * s) for k, s in scale.items()}
 
@@ -288,7 +289,7 @@ class LearningOptions:
     check_every: int = option(25, "steps between looks at the held-out images", low=1)
     patience: int = option(3, "checks in a row that must look bad before learning stops", low=1)
     rise: float = option(0.01, "of the held-out NLL that looks bad, in nats")
-    seed: int = option(0, "of the order of the loader and of the draws")
+    seed: int = option(0, "of the order of the loader and of the draws", low=0, high=2**63 - 1)
 
     def __post_init__(self):
         for name, value in _plain_numbers(asdict(self)).items():
@@ -302,7 +303,7 @@ def _kind(t: Tensor) -> str: return f"{str(t.dtype).removeprefix('torch.')} on {
 # %% ../../nbs/trust/03_intervals.ipynb #fbf57437
 def _check_kinds(trust: TrustIntervals) -> None:
     "Raise `NiooddError` if the network was converted since the intervals were made."
-    own = dict(trust.model.named_parameters())
+    own = parameters_of(trust.model)
     for k, r in trust.rho.items():
         if k not in own or _kind(r) == _kind(own[k]): continue
         raise NiooddError(f"{k} is {_kind(own[k])} now, its interval is {_kind(r)}; "
@@ -320,8 +321,8 @@ def learning_network(self: TrustIntervals,
     if made is not None and not self._watch.changed(): return made
     _check_kinds(self)
     two = torch.rand(2, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x) * 2 - 1
-    with eval_mode(self.model): self._learning_network = fused(self.model, self.rho, two)
     self._watch = Watch(self.model)
+    self._learning_network = fused(self.model, self.rho, two)
     return self._learning_network
 
 # %% ../../nbs/trust/03_intervals.ipynb #bdf91503
@@ -331,17 +332,18 @@ def _sibling_weights(
     noise: dict[str, Tensor], # ε by parameter name
 ) -> dict[str, Tensor]:
     "The weights of one sibling, by parameter name."
-    own, weights = dict(network.network.named_parameters()), {}
+    own, weights = parameters_of(network.network), {}
     for k, s in sigma.items():
         spread = s * network.factor[k] if k in network.factor else s
         weights[k] = own[k].detach().clone().addcmul_(spread, noise[k])
     return weights
 
 # %% ../../nbs/trust/03_intervals.ipynb #1d570a99
-def check_count(name: str, value: int, least: int, why: str) -> None:
-    "Raise `NiooddError` unless `value` is an integer of at least `least`."
-    if isinstance(value, Integral) and value >= least: return
-    raise NiooddError(f"{name} is {value!r}; expected an integer, at least {least}; {why}")
+def check_count(name: str, value: int, least: int, why: str, most: float = math.inf) -> None:
+    "Raise `NiooddError` unless `value` is an integer from `least` to `most`."
+    if isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most: return
+    at_most = "" if most == math.inf else f" and at most {most}"
+    raise NiooddError(f"{name} is {value!r}; expected an integer, at least {least}{at_most}; {why}")
 
 # %% ../../nbs/trust/03_intervals.ipynb #b21f4148
 def _changed_options(options: LearningOptions | None, changes: dict) -> LearningOptions:
@@ -388,8 +390,7 @@ def gradient(self: TrustIntervals,
     sigma = {k: F.softplus(r) for k, r in rho.items()}
     noise = [draw(self.rho, self.distribution) for _ in range(options.draws)]
     siblings = [_sibling_weights(network, sigma, e) for e in noise]
-    with eval_mode(network.network):
-        logits = torch.stack([call_with(network.network, weights, x) for weights in siblings])
+    logits = torch.stack([call_with(network.network, weights, x) for weights in siblings])
     nll, variance = nll_and_variance(logits, y)
     _check_terms(dict(nll=nll, variance=variance), options.lr)
     R = REGULARISERS[options.regulariser](s / self.scale[k] for k, s in sigma.items())
@@ -448,13 +449,15 @@ def labelled(
     """Images and labels of a batch; see `nioodd.core.forward.as_input`.
 
     Raises `NiooddError` for one without labels, or with labels that the network has no output for."""
-    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    if not pair or not all(isinstance(t, Tensor) for t in batch):
+    images, y = read_batch(batch)
+    if y is None and isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor):
+        _check_labels(batch[1], len(images), n_outputs) # Says what is wrong with them
+    if y is None:
         raise NiooddError("the loader gives batches without labels; "
                           "expected (images, labels) as tensors; "
                           "use TensorDataset(images, labels)")
-    x = as_input(batch[0], model)
-    return x, _check_labels(batch[1].to(x.device), len(x), n_outputs)
+    x = as_input(images, model)
+    return x, _check_labels(y.to(x.device), len(x), n_outputs)
 
 # %% ../../nbs/trust/03_intervals.ipynb #05c6e0f3
 _REAL_FALL = 0.9 # ΣVar has fallen when it is below this share of its peak
@@ -546,7 +549,7 @@ def _number_of_outputs(loader: Iterable, model: nn.Module) -> int:
         raise NiooddError("the loader is empty; expected batches (images, labels); "
                           "check its data set")
     x, _ = labelled(batch, model=model)
-    with eval_mode(model), torch.no_grad(): return as_logits(model(x[:1].clone()), 1).shape[1]
+    with torch.no_grad(): return call_network(private_copy(model), x[:1].clone()).shape[1]
 
 # %% ../../nbs/trust/03_intervals.ipynb #cdea10fb
 def _cycled(loader: Iterable) -> Iterator:
@@ -573,9 +576,9 @@ def _check_output_layer(trust: TrustIntervals, n_outputs: int) -> None:
 @torch.enable_grad()
 def _warn_of_unused(trust: TrustIntervals, x: Tensor) -> None:
     "Warn if the answers to images `x` do not depend on some parameters that have an interval."
-    own = dict(trust.model.named_parameters())
+    own = parameters_of(trust.model)
     weights = {k: own[k].detach().requires_grad_() for k in own if k in trust.rho}
-    with eval_mode(trust.model): z = call_with(trust.model, weights, x)
+    z = call_with(trust.model, weights, x)
     if not z.requires_grad: return # The first step says so
     slopes = torch.autograd.grad(z.sum(), list(weights.values()), allow_unused=True)
     unused = [k for k, slope in zip(weights, slopes) if slope is None]
@@ -650,7 +653,7 @@ def check_sigma_fits(
         raise NiooddError(f"the intervals are {type(tensors).__name__}; "
                           "expected TrustIntervals, or tensors by parameter name; "
                           "uniform_sigma(model) makes some")
-    own, wrong = {k: list(p.shape) for k, p in model.named_parameters()}, []
+    own, wrong = {k: list(p.shape) for k, p in parameters_of(model).items()}, []
     for k, t in tensors.items():
         shape = list(t.shape)
         if k not in own: wrong.append(f"{k} {shape} is not in the network")

@@ -120,7 +120,6 @@ def test_weights_that_are_not_finite(network):
 
 
 WRAPPED = [
-    (lambda n: nn.DataParallel(n), "model.module"),
     (lambda n: torch.jit.trace(n, torch.zeros(1, *SHAPE)), "TorchScript"),
     (lambda n: nn.Sequential(nn.Flatten(), nn.LazyLinear(3)), "lazy"),
 ]

@@ -1,0 +1,134 @@
+"""Anybody's network: every call is right, or says in one line why it cannot be; and the network is left as it was."""
+import pytest
+import torch
+from foreign_networks import NETWORKS, images, make, reference, same_state, state
+from torch import nn
+from torch.testing import assert_close
+
+from nioodd import LayerwiseDetector, ScoreDetector, TrustIntervalDetector, TrustIntervals
+from nioodd.core.detector import Detector
+from nioodd.core.errors import NiooddError
+from nioodd.core.forward import features_of, logits_of
+from nioodd.inversion.invert import invert
+from nioodd.posthoc.baselines import BASELINES
+from nioodd.posthoc.outputs import network_outputs
+
+# What some networks cannot do, and a word of the line that says so
+REFUSED = {
+    ("returns a tuple", "*"): "expected logits",
+    ("scripted", "layerwise"): "no linear or convolutional layer", ("scripted", "trust"): "TorchScript",
+    ("scripted", "features"): "no linear or convolutional layer", ("scripted", "outputs"): "no linear or convolutional",
+    ("exported", "layerwise"): "no linear or convolutional layer",
+    ("exported", "features"): "no linear or convolutional layer",
+    ("exported", "outputs"): "no linear or convolutional layer",
+    ("its forward is replaced", "layerwise"): "no linear or convolutional layer",
+    ("its forward is replaced", "features"): "no linear or convolutional layer",
+    ("its forward is replaced", "outputs"): "no linear or convolutional layer",
+    ("a linear layer only", "layerwise"): "nothing to listen to",
+    ("doubles the batch", "layerwise"): "nothing to listen to",
+    ("doubles the batch", "features"): "rows for", ("doubles the batch", "outputs"): "rows for",
+}
+NOT_INVERTED = {"float16", "returns a tuple", "quantised", "scripted", "exported", "doubles the batch",
+                "its forward is replaced"}
+
+
+def refused(name: str, call: str) -> str | None: return REFUSED.get((name, "*"), REFUSED.get((name, call)))
+
+
+def close(found, expected):
+    half = expected.dtype in (torch.float16, torch.bfloat16)
+    assert_close(found.double(), expected.double(), rtol=2e-2 if half else 1e-4, atol=2e-2 if half else 1e-4)
+
+
+def tried(name: str, call: str, run):
+    "What `run` returns; None where the line that is expected says why there is nothing."
+    said = refused(name, call)
+    if said is None: return run()
+    with pytest.raises(NiooddError, match=said): run()
+    return None
+
+
+@pytest.fixture(params=NETWORKS, scope="module")
+def name(request): return request.param
+
+
+@pytest.fixture(scope="module")
+def net(name): return make(name)
+
+
+@pytest.fixture
+def x(name, net):
+    before = state(net)
+    yield images(name, 240)
+    assert same_state(before, state(net)), "the network was changed"
+
+
+def test_logits(net, name, x):
+    given = x[:20].clone()
+    found = tried(name, "logits", lambda: logits_of(net, given))
+    if found is not None: close(found, reference(net, x[:20]))
+    assert torch.equal(given, x[:20])
+
+
+def test_features(net, name, x):
+    found = tried(name, "features", lambda: features_of(net, x[:20]))
+    if found is not None: close(found[0], reference(net, x[:20]))
+    outputs = tried(name, "outputs", lambda: network_outputs(net, x[:20]))
+    if outputs is not None: assert outputs.features.ndim == outputs.before.ndim == 2
+
+
+def judged(d: Detector, net: nn.Module, x: torch.Tensor):
+    "A verdict is the network's own answer, and does not depend on the company."
+    v, z = d.verdict(x), reference(net, x)
+    assert (z.gather(1, v["label"][:, None])[:, 0].double() >= z.double().amax(1) - 2e-2).all()
+    assert_close(d.verdict(x[3:5])["score"], v["score"][3:5], rtol=2e-2, atol=2e-2)
+    assert 0 <= v["p_value"].min() and v["p_value"].max() <= 1
+
+
+def test_layerwise(net, name, x, tmp_path):
+    d = tried(name, "layerwise", lambda: LayerwiseDetector(net).fit(x[:140], x[140:]))
+    if d is None: return
+    judged(d, net, images(name, 40, seed=1))
+    if name == "quantised": # Its weights are no tensors
+        with pytest.raises(NiooddError, match="quantised"): d.save(tmp_path/"d")
+        return
+    again = LayerwiseDetector.load(d.save(tmp_path/"d"), make(name))
+    assert torch.equal(again.predict(x[:9]), d.predict(x[:9]))
+
+
+@pytest.mark.parametrize("score", ["vim", "odin"])
+def test_scores(net, name, x, score):
+    try: d = ScoreDetector(net, score).fit((x[:140], torch.arange(140) % 4), x[140:])
+    except NiooddError as e: assert "\n" not in str(e)
+    else: judged(d, net, images(name, 40, seed=1))
+
+
+def test_trust_intervals(net, name, x):
+    def fit():
+        trust = TrustIntervals(net)
+        labels = logits_of(net, x[:40]).argmax(1)
+        trust.fit([(x[:40], labels)], steps=1, progress=False)
+        return TrustIntervalDetector(net, trust).fit(held_out=x[140:])
+    try: d = fit()
+    except NiooddError as e: assert "\n" not in str(e) and (refused(name, "trust") or "") in str(e)
+    else:
+        assert refused(name, "trust") is None
+        judged(d, net, images(name, 40, seed=1))
+
+
+def test_inversion(net, name, x):
+    size, channels = NETWORKS[name][1][-1], NETWORKS[name][1][0]
+    try: found = invert(net, 8, size=size, channels=channels, steps=2, batch_size=8, progress=False)
+    except NiooddError as e:
+        assert "\n" not in str(e)
+        assert len(NETWORKS[name][1]) != 3 or name in NOT_INVERTED, str(e)
+    else: close(found.probabilities, reference(net, found.images).float().softmax(1))
+
+
+def test_every_score_takes_it_or_says_why_not():
+    "All scores, on the networks whose layers are found in unusual ways."
+    for name in ("returns an object", "one logit", "channels last inside", "tokens", "compiled in part", "float64"):
+        net, x = make(name), images(name, 120)
+        for score in BASELINES:
+            try: ScoreDetector(net, score).fit((x[:80], torch.arange(80) % 2), x[80:]).verdict(x[:4])
+            except NiooddError as e: assert "\n" not in str(e)
