@@ -20,7 +20,7 @@ from ..benchmark.recipes import load_classifier, read_recipe, recipe_data
 from ..core.datasets import Problem
 from ..core.detector import load_weights
 from ..core.errors import NiooddError
-from ..core.files import ResumableFolder, check_empty, load_tensors, provenance, write_json
+from ..core.files import ResumableFolder, check_empty, load_tensors, locked, provenance, write_json
 from ..core.images import ImageSet
 from ..core.metrics import known_accuracy, ood_metrics
 from ..core.models import Classifier
@@ -137,21 +137,22 @@ def fit_folder(
     Raises `NiooddError` for a folder `out` that holds something else, a `resume` with other options,
     and a `folder` without a network or its data."""
     out = Path(out)
-    LEARNING.begun(out, resume)
-    model, info, problem = folder_problem(folder, data, root)
-    start = time.perf_counter()
-    detector, rows = fit_problem(problem, model.to(device), options, progress, out / LEARNING.file)
-    images, kind = _calibration_images(problem)
-    detector.calibrate(detector.predict(images.images))
-    fit = dict(details or {}) | _origin(folder, info)
-    fit |= dict(data=problem.train.name, options=asdict(options), id_set=data or _id_set(info),
-                watched="training" if problem.held_out is None else "held-out",
-                threshold_from=f"{problem.train.name} ({kind} images)",
-                rows=rows, seconds=time.perf_counter() - start, **provenance(device))
-    detector.save(out)
-    write_json(out / "fit.json", fit)
-    (out / LEARNING.file).unlink()
-    return fit
+    with locked(out):
+        LEARNING.begun(out, resume)
+        model, info, problem = folder_problem(folder, data, root)
+        start = time.perf_counter()
+        detector, rows = fit_problem(problem, model.to(device), options, progress, out / LEARNING.file)
+        images, kind = _calibration_images(problem)
+        detector.calibrate(detector.predict(images.images))
+        fit = dict(details or {}) | _origin(folder, info)
+        fit |= dict(data=problem.train.name, options=asdict(options), id_set=data or _id_set(info),
+                    watched="training" if problem.held_out is None else "held-out",
+                    threshold_from=f"{problem.train.name} ({kind} images)",
+                    rows=rows, seconds=time.perf_counter() - start, **provenance(device))
+        detector.save(out)
+        write_json(out / "fit.json", fit)
+        (out / LEARNING.file).unlink()
+        return fit
 
 # %% ../../nbs/app/00_folders.ipynb #b5c8c28b
 def _first_classifier(folder: Path) -> nn.Module:

@@ -10,6 +10,7 @@ __all__ = ['RECIPES', 'FORMAT', 'CLASSIFIER', 'Recipe', 'find_recipe', 'recipe_d
 import inspect
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +20,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..core.datasets import Problem, load_problem
-from ..core.detector import Detector, describe_network, rebuild_network
+from ..core.detector import NETWORK, Detector, describe_network, rebuild_network
 from ..core.errors import NiooddError, unknown
 from nioodd.core.files import (
     ResumableFolder,
-    load_tensors,
+    load_signed,
+    locked,
     provenance,
     restore_checkpoint,
     save_checkpoint,
-    save_tensors,
-    sha256_of,
+    save_signed,
     write_json,
     write_json_lines,
 )
@@ -108,13 +109,18 @@ def recipe_data(
     check_classes(problem.train)
     return problem
 
-# %% ../../nbs/benchmark/00_recipes.ipynb #6c8e3a51
+# %% ../../nbs/benchmark/00_recipes.ipynb #4321a021
 FORMAT = 1 # Of model.json; a higher one is refused
 CLASSIFIER = ResumableFolder(
     "model.json", "classifier", "`nioodd train` or `nioodd run`",
     required=("recipe", "seed", "status", "format",
               "network.class", "network.arguments", "network.channels_last"),
-    required_at_end=("sha256",))
+    required_at_end=("sha256",),
+    schema={"type": "object", "properties": {
+        "recipe": {"type": "object"}, "seed": {"type": "integer"}, "status": {"type": "string"},
+        "format": {"type": "integer"}, "epochs": {"type": "integer"}, "epochs_done": {"type": "integer"},
+        "sha256": {"type": "string"},
+        "classes": {"type": "array", "items": {"type": "string"}}, "network": NETWORK}})
 
 # %% ../../nbs/benchmark/00_recipes.ipynb #48c542e1
 def read_recipe(
@@ -212,16 +218,16 @@ def epoch(self: _Training, progress: bool) -> None:
     self.rows.append(dict(epoch=number + 1, train=row, held_out=held_out, lr=rate, seconds=seconds))
     save_checkpoint(self.checkpoint, *self.parts(), dict(rows=self.rows), self.device)
 
-# %% ../../nbs/benchmark/00_recipes.ipynb #4321a021
+# %% ../../nbs/benchmark/00_recipes.ipynb #6c8e3a51
 @patch
 def finish(self: _Training) -> dict:
     "Write the weights; what `model.json` says in the end."
     meta = dict(architecture=self.recipe.architecture, arguments=self.model.arguments)
-    weights = save_tensors(self.out / "model.safetensors", self.model.state_dict(), meta)
+    sha256 = save_signed(self.out / "model.safetensors", self.model.state_dict(), meta)
     last, test = self.rows[-1], _accuracy_and_loss(self.model, self.problem.test)
     accuracy = dict(train=last["train"]["accuracy"], held_out=last["held_out"].get("accuracy"),
                     test=test["accuracy"])
-    return dict(status="finished", sha256=sha256_of(weights), accuracy=accuracy)
+    return dict(status="finished", sha256=sha256, accuracy=accuracy)
 
 # %% ../../nbs/benchmark/00_recipes.ipynb #2f6f2b34
 @patch
@@ -263,14 +269,15 @@ def train_classifier(
     found, a loss that is not finite, and a full disk."""
     if isinstance(recipe, str): recipe = find_recipe(recipe)
     out, device = Path(out), torch.device(device)
-    info = dict(details or {}) | _begin(out, recipe, seed, resume)
-    if info.get("status") != "finished":
-        problem = recipe_data(recipe, root)
-        with seeded(seed, device):
-            training = _Training(recipe, problem, out, device)
-            _train_to_end(training, info | dict(seed=seed), progress)
-        info = CLASSIFIER.read(out)
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    with locked(out):
+        info = dict(details or {}) | _begin(out, recipe, seed, resume)
+        if info.get("status") != "finished":
+            problem = recipe_data(recipe, root)
+            with seeded(seed, device):
+                training = _Training(recipe, problem, out, device)
+                _train_to_end(training, info | dict(seed=seed), progress)
+            info = CLASSIFIER.read(out)
+        with suppress(OSError): (out / "checkpoint.safetensors").unlink() # No longer needed
     return info
 
 # %% ../../nbs/benchmark/00_recipes.ipynb #78ed76c7
@@ -302,8 +309,5 @@ def load_classifier(
     if info["format"] > FORMAT:
         raise NiooddError(f"{folder}/model.json has format {info['format']}; "
                           f"this version reads up to {FORMAT}; update nioodd")
-    tensors, _ = load_tensors(weights)
-    if sha256_of(weights) != info["sha256"]:
-        raise NiooddError(f"{weights} is not the file that model.json was written with; "
-                          "expected its checksum; restore it, or train anew with another --out")
+    tensors = load_signed(weights, info["sha256"], "model.json")
     return rebuild_network(info["network"], tensors), info | dict(garbage=False)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLLAPSED', 'QUANTILES', 'AT_ONCE', 'BLOCK', 'RUN', 'MOST_FEATURES', 'config_problem', 'judge', 'describe_drawn',
-           'climb', 'likeness', 'typical_likeness', 'Loop', 'read_run', 'run']
+           'climb', 'likeness', 'typical_likeness', 'Loop', 'read_run', 'round_files', 'run']
 
 # %% ../../nbs/inversion/05_loop.ipynb #e330b4f3
 import math
@@ -22,7 +22,9 @@ from ..core.datasets import Problem, evenly, load_problem
 from ..core.errors import NiooddError
 from nioodd.core.files import (
     ResumableFolder,
+    check_schema,
     load_tensors,
+    locked,
     provenance,
     restore_checkpoint,
     save_checkpoint,
@@ -169,7 +171,7 @@ def _climb(classifier: nn.Module, x: Tensor, steps: int, lr: float, precision: s
 
 # %% ../../nbs/inversion/05_loop.ipynb #c9be8bd7
 def climb(
-    classifier: nn.Module, # n known outputs, then garbage; frozen meanwhile
+    classifier: nn.Module, # n known outputs, then garbage; not changed
     start: Tensor, # uint8 [N, C, H, W]
     steps: int,
     lr: float, # Step per pixel on the [−1, 1] scale
@@ -177,11 +179,10 @@ def climb(
 ) -> Tensor: # uint8, same shape
     "Images near `start` that the classifier takes for known: signed ascent on the known log odds."
     device = next(classifier.parameters()).device
-    climbed = []
-    with frozen(classifier):
-        for part in start.split(AT_ONCE):
-            x = _climb(classifier, to_input(part.to(device)), steps, lr, precision)
-            climbed.append(to_uint8(x).cpu())
+    classifier, climbed = frozen(classifier), []
+    for part in start.split(AT_ONCE):
+        x = _climb(classifier, to_input(part.to(device)), steps, lr, precision)
+        climbed.append(to_uint8(x).cpu())
     return torch.cat(climbed)
 
 # %% ../../nbs/inversion/05_loop.ipynb #27942e59
@@ -469,8 +470,12 @@ def round(self: Loop) -> dict:
     self.rows.append(dict(round=len(self.rows)) | report)
     return self.rows[-1]
 
-# %% ../../nbs/inversion/05_loop.ipynb #1ec70f9a
-RUN = ResumableFolder("run.json", "run", "`nioodd run`", required=("config",))
+# %% ../../nbs/inversion/05_loop.ipynb #5e3d8074
+RUN = ResumableFolder("run.json", "run", "`nioodd run`", required=("config",), schema={
+    "type": "object", "properties": {
+        "config": {"type": "object"}, "status": {"type": "string"}, "seconds": {"type": "number"},
+        "rounds_done": {"type": "integer"}, "best_round": {"type": "integer", "minimum": 0},
+        "classes": {"type": "array", "items": {"type": "string"}}}})
 
 def read_run(
     folder: str | os.PathLike,
@@ -479,9 +484,17 @@ def read_run(
     "`run.json` of a run's folder. Raises `NiooddError` if it is missing or damaged."
     return RUN.read(folder, also)
 
-# %% ../../nbs/inversion/05_loop.ipynb #f3631c7e
+# %% ../../nbs/inversion/05_loop.ipynb #1ec70f9a
 def _round_file(folder: Path, kind: str, number: int) -> Path:
     return folder / f"{kind}/round_{number:03d}.safetensors"
+
+def round_files(folder: str | os.PathLike, kind: str = "checkpoints") -> dict[int, Path]:
+    "The files of a run's rounds, by their numbers, in order."
+    found = {}
+    for path in (Path(folder) / kind).glob("round_*.safetensors"):
+        number = path.stem.removeprefix("round_")
+        if number.isdecimal(): found[int(number)] = path
+    return dict(sorted(found.items()))
 
 # %% ../../nbs/inversion/05_loop.ipynb #4960a6fe
 @patch
@@ -505,21 +518,33 @@ def save(self: Loop, folder: Path) -> None:
     steps = self.average.steps if self.average else 0
     meta = dict(rows=self.rows, epochs_done=self.epochs_done, average_steps=steps)
     save_checkpoint(_round_file(folder, "checkpoints", r), *self._parts(), meta, self.device)
-    for old in sorted((folder / "checkpoints").glob("round_*.safetensors"))[:-2]: old.unlink()
+    for old in [*round_files(folder).values()][:-2]: old.unlink()
 
-# %% ../../nbs/inversion/05_loop.ipynb #5e3d8074
+# %% ../../nbs/inversion/05_loop.ipynb #8d3e29bb
+_CHECKPOINT = {"type": "object", "required": ["rows", "epochs_done", "average_steps"], "properties": {
+    "rows": {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["round", "id", "ood"]}},
+    "epochs_done": {"type": "integer", "minimum": 0}, "average_steps": {"type": "integer", "minimum": 0}}}
+
+def _excluded(path: Path, like: Tensor) -> Tensor: # uint8 [N, C, H, W]
+    "What a round excluded. Raises `NiooddError` for a file without it."
+    images = load_tensors(path)[0].get("excluded")
+    if images is not None and images.dtype == torch.uint8 and images.shape[1:] == like.shape[1:]: return images
+    raise NiooddError(f"{path} holds no images of this run; restore it, or begin anew with another --out")
+
 @patch
 def restore(self: Loop, folder: Path) -> None:
     "Go back to the newest checkpoint in `folder`, if any. Raises `NiooddError` if it is damaged."
-    newest = max((folder / "checkpoints").glob("round_*.safetensors"), default=None)
-    if newest is None: return
+    files = round_files(folder)
+    if not files: return
+    newest = [*files.values()][-1]
     meta = restore_checkpoint(newest, *self._parts(), self.device)
+    check_schema(meta, _CHECKPOINT, str(newest))
     if self.average: self.average.steps = meta["average_steps"]
     self.rows, self.epochs_done = meta["rows"], meta["epochs_done"]
     self.found = []
     for r in range(1, len(self.rows)):
-        tensors, _ = load_tensors(_round_file(folder, "samples", r))
-        self.found.append(tensors["excluded"])
+        path = _round_file(folder, "samples", r)
+        self.found.append(_excluded(path, self.problem.train.images))
 
 # %% ../../nbs/inversion/05_loop.ipynb #147e5154
 MOST_FEATURES = 2000 # Images of each kind whose features are kept
@@ -625,7 +650,7 @@ def _finish(loop: Loop, out: Path, info: dict) -> None:
     info["threshold_from"] = _save_detector(loop, out)
     info["status"] = "finished"
 
-# %% ../../nbs/inversion/05_loop.ipynb #8d3e29bb
+# %% ../../nbs/inversion/05_loop.ipynb #0ed48332
 def run(
     config: Config, # See `nioodd.inversion.config`
     out: str | os.PathLike, # The run's folder; must not hold another run
@@ -643,7 +668,10 @@ def run(
     for a folder that holds another run, a resume with a changed configuration, data that cannot be
     found, a loss that is not finite (the last good checkpoint stays), and a full disk."""
     out = Path(out)
-    info = _begin(out, config, resume, dict(details or {}))
+    with locked(out): return _run(config, out, problem, root, device, resume, dict(details or {}), progress)
+
+def _run(config, out, problem, root, device, resume, details, progress) -> dict: # See `run`
+    info = _begin(out, config, resume, details)
     if info["status"] == "finished": return info
     family_names(config.noise) # An unknown one is named before the images are read
     if config.inversion: loss_weights(config.loss_weights) # So is an unknown loss

@@ -59,7 +59,7 @@ def test_fit_writes_a_detector_and_how_it_came_about(plain, trust):
     assert fit["command"] == "nioodd trust fit net --set steps=20 --set members=3"
     detector = Detector.load(trust)
     assert isinstance(detector, TrustIntervalDetector) and detector.n == 3 and detector.threshold is not None
-    assert sorted(p.name for p in trust.iterdir()) == ["detector.json", "fit.json", "model.safetensors"]
+    assert sorted(p.name for p in trust.glob("[!.]*")) == ["detector.json", "fit.json", "model.safetensors"]
 
 
 def test_score_says_what_each_image_is(trust, tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_an_interrupted_learning_goes_on(plain, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(TrustIntervals, "step", interrupted)
         with pytest.raises(KeyboardInterrupt): fit_folder(plain, out, options, progress=False)
-    assert [p.name for p in out.iterdir()] == ["learning.safetensors"]
+    assert [p.name for p in out.glob("[!.]*")] == ["learning.safetensors"]
     settings = ["--set", "steps=30", "--set", "batch_size=64", "--out", str(out)]
     assert "--resume" in error(capsys, "trust", "fit", plain, *settings)
     with monkeypatch.context() as m:
