@@ -1,4 +1,5 @@
-"""README.md and its picture nbs/index.png from nbs/index.ipynb; .github/CONTRIBUTING.md from nbs/contributing.ipynb.
+"""README.md and its picture nbs/index.png from nbs/index.ipynb; .github/CONTRIBUTING.md from nbs/contributing.ipynb;
+.github/SECURITY.md from nbs/trusted.ipynb.
 
     python .ci/readme.py          writes them
     python .ci/readme.py --check  writes nothing; exits 1 when they are stale"""
@@ -83,7 +84,8 @@ def pages() -> dict[Path, bytes]:
     "Each file with what it has to hold."
     return {root/"README.md": page("index").encode(),
             picture: drawn(nbformat.read(root/"nbs"/"index.ipynb", as_version=4)),
-            root/".github"/"CONTRIBUTING.md": page("contributing", ".github").encode()}
+            root/".github"/"CONTRIBUTING.md": page("contributing", ".github").encode(),
+            root/".github"/"SECURITY.md": page("trusted", ".github").encode()}
 
 
 def main():

@@ -69,13 +69,17 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
 def _cached(
     key: str, # Name of the file; whatever the content depends on must be in it
     make: Callable[[], dict[str, Tensor]], # Called when the file is not there, or is damaged
+    names: tuple[str, ...], # Of the tensors
 ) -> dict[str, Tensor]:
     "What `make()` returns, from the per-user cache if it has been made before."
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     path = Path(user_cache_dir("nioodd")) / "made" / f"{key}.safetensors"
     if path.is_file():
-        try: return load_file(path)
+        try:
+            tensors = load_file(path)
+            if tensors.keys() >= set(names): return tensors
+            warnings.warn(f"{path} holds other tensors; it is made anew")
         except (SafetensorError, OSError) as e:
             warnings.warn(f"{path} is damaged ({e}); it is made anew")
     tensors = make()
@@ -466,7 +470,8 @@ def _read_cifar10_jpeg(split: str, root: Path, **_) -> ImageSet:
         looked_for = "cifar10-jpeg/{train,test}/CLASS/*.jpg or cifar10-jpeg.tar.xz"
         raise _missing("cifar10-jpeg", root, looked_for)
     key = f"cifar10-jpeg-1-{_jpeg_fingerprint(source)}"
-    tensors = _cached(key, partial(_make_cifar10_jpeg, source))
+    names = "train", "test", "train_labels", "test_labels"
+    tensors = _cached(key, partial(_make_cifar10_jpeg, source), names)
     return ImageSet("cifar10-jpeg", tensors[split], tensors[f"{split}_labels"], list(_CIFAR10))
 
 # %% ../../nbs/core/06_datasets.ipynb #0ce63ddf
@@ -628,7 +633,7 @@ def _make_letters(seed: int, per_class: int = 140) -> dict[str, Tensor]:
 def _letters(split: str, seed: int, **_) -> ImageSet:
     "Letters from matplotlib's fonts: per class 112 to train and 28 to test."
     key = f"letters-1-matplotlib{version('matplotlib')}-pillow{version('pillow')}-seed{seed}"
-    tensors = _cached(key, partial(_make_letters, seed))
+    tensors = _cached(key, partial(_make_letters, seed), ("images", "labels"))
     letters = ImageSet("letters", tensors["images"], tensors["labels"], list(LETTERS))
     n_train = 112 * len(LETTERS)
     return letters[:n_train] if split == "train" else letters[n_train:]

@@ -18,6 +18,9 @@ def checked_logits(
     n_known: int | None = None, # Keep the first `n_known` columns only; None: all K
 ) -> Tensor: # float64 [N, K] or [N, n_known]; on the CPU for MPS, which has no float64
     "`logits` in float64; a wrong shape, NaN or infinity raises `NiooddError`."
+    if not isinstance(logits, Tensor):
+        raise NiooddError(f"logits are a {type(logits).__name__}; expected a tensor [N, K]; "
+                          "torch.from_numpy makes one of an array")
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise NiooddError(f"logits have shape {list(logits.shape)}; expected [N, K] with at least 2 outputs; "
                           "pass a batch")

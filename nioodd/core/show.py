@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
@@ -61,10 +62,18 @@ def style():
     with _STYLE, matplotlib.rc_context(STYLE): yield
 
 # %% ../../nbs/core/04_show.ipynb #28d2b03c
+def _show_as_it_is(text: Text) -> None:
+    content = text.get_text()
+    if "\\mathdefault" not in content: text.set_parse_math(False)
+    if any("\ud800" <= c <= "\udfff" for c in content):
+        text.set_text(content.encode(errors="backslashreplace").decode())
+
+# %% ../../nbs/core/04_show.ipynb #43b294da
 class Plot(Figure):
     "A `Figure` that draws itself in nioodd's `style` and shows itself in a notebook, without `pyplot`."
     def draw(self, renderer):
         "Draw on `renderer`, in the style."
+        for text in self.findobj(Text): _show_as_it_is(text)
         with style(): super().draw(renderer)
 
     def _repr_png_(self) -> bytes: return png(self)

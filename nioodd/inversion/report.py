@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.errors import NiooddError, unknown
-from ..core.files import load_tensors, read_json_lines, write_atomic
+from ..core.files import check_schema, load_tensors, read_json_lines, write_atomic
 from ..core.glossary import define
 from nioodd.core.metrics import (
     accuracy_all,
@@ -54,7 +54,7 @@ from nioodd.core.show import (
     tsne,
 )
 from .config import Config
-from .loop import read_run
+from .loop import read_run, round_files
 
 # %% ../../nbs/inversion/06_report.ipynb #0538607b
 class Run(NamedTuple):
@@ -83,12 +83,17 @@ class Run(NamedTuple):
         return kept or (self.rows[-1] if len(self.rows) > 1 else None)
 
 # %% ../../nbs/inversion/06_report.ipynb #40644b36
+_FIGURES = {"type": "object", "additionalProperties": {"type": ["number", "null", "array"]}}
+_ROW = {"type": "object", "properties": { # Of metrics.jsonl
+    "round": {"type": "integer"}, "id": _FIGURES, "ood": {"type": "object", "additionalProperties": _FIGURES}}}
+
 def open_run(
     run_dir: str | PathLike, # The folder that `nioodd run` wrote
 ) -> Run:
     "Read run.json and metrics.jsonl. Raises `NiooddError` if it is no run's, or a file is damaged."
     folder, info = Path(run_dir), read_run(run_dir, also=("n_known", "classes"))
     rows = read_json_lines(folder / "metrics.jsonl", "round")
+    for row in rows: check_schema(row, _ROW, str(folder / "metrics.jsonl"))
     run = Run(folder, info, rows, [])
     if not run.finished:
         done, planned = max(len(rows) - 1, 0), info["config"].get("rounds", "?")
@@ -341,9 +346,7 @@ def _round_facts(row: Mapping) -> list[str]:
 def _round_pictures(run: Run) -> list[Picture]:
     "A grid of images for each round that stored some."
     pictures = []
-    for path in sorted((run.folder / "samples").glob("round_*.safetensors")):
-        digits = path.stem.removeprefix("round_")
-        number = int(digits) if digits.isdigit() else -1
+    for number, path in round_files(run.folder, "samples").items():
         facts = ", ".join(_round_facts(run.row(number) or {}))
         caption = f"Round {number}: {facts}" if facts else f"Round {number}"
         draw = partial(_round_grid, run, path)
@@ -580,7 +583,7 @@ def _result(rows: Sequence[dict]) -> str:
         for row in rows:
             if row["role"] != role: continue
             cells = [_cell(row, metric) for metric in columns]
-            lines.append(_html_row([escape(row["set"]), str(row["images"] or "–"), *cells]))
+            lines.append(_html_row([escape(row["set"]), escape(str(row["images"] or "–")), *cells]))
         head += [column.heading for column in columns.values()]
         if lines: out += _html_table(head, lines, "pairs")
     return out + _result_note(rows[0])
