@@ -17,6 +17,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from filelock import FileLock
 
 root = Path(__file__).resolve().parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -63,12 +64,15 @@ def page(browser):
 
 @pytest.fixture(scope="session")
 def site_folder(tmp_path_factory) -> Path:
-    "The site as .ci/site.py builds it now."
+    "The site as .ci/site.py builds it now: once, for all workers of pytest-xdist."
     needs("sphinx", "myst_nb", "sphinx_book_theme", "sphinx_copybutton", "sphinx-mathjax-offline")
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, root/".ci"/"site.py", "--out", folder]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stdout + done.stderr
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)/"site"
+    with FileLock(f"{folder}.lock"):
+        if folder.exists(): return folder
+        command = [sys.executable, root/".ci"/"site.py", "--out", folder]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
