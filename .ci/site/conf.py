@@ -35,7 +35,8 @@ html_theme_options = dict(
     logo={"text": site["title"]}, repository_url=site["git_url"], repository_branch=site["branch"], path_to_docs="nbs",
     use_repository_button=True, use_source_button=True, use_download_button=False, use_fullscreen_button=False,
     navbar_start=[], navbar_center=[], navbar_end=[], navbar_persistent=[],
-    show_toc_level=2, show_navbar_depth=1, home_page_in_toc=False)
+    show_toc_level=2, show_navbar_depth=1, home_page_in_toc=False,
+    max_navbar_depth=2)  # chapters, and the modules below the API: what is deeper would be copied for each page, unseen
 copybutton_exclude = ".linenos, .gp, .go"
 
 

@@ -23,8 +23,6 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, NullFormatter
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 from .errors import NiooddError, unknown
 from .metrics import accepted, auroc
@@ -449,6 +447,7 @@ def pca(
     features, # float [N,d]
 ) -> tuple[np.ndarray, np.ndarray]: # points float64 [N,2]; the share of variance of each axis [2]
     "The first two principal components."
+    from sklearn.decomposition import PCA
     model = PCA(2, random_state=0)
     points = model.fit_transform(np.asarray(features, dtype=np.float64))
     return points, model.explained_variance_ratio_
@@ -462,6 +461,7 @@ def tsne(
     seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]: # points float32 [M,2]; int [M], which of the features they are
     "t-SNE of at most `n` features: perplexity 30 (less for under 91 points), started from the PCA."
+    from sklearn.manifold import TSNE
     features = np.asarray(features, dtype=np.float32)
     chosen = np.linspace(0, len(features) - 1, min(n, len(features))).round().astype(int)
     perplexity = min(30, (len(chosen) - 1) / 3)

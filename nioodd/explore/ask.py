@@ -536,6 +536,7 @@ class Pad:
         self.explorer, self.points = explorer, [] # Of the stroke that is being drawn, in screen pixels
         side = f"{CANVAS}px"
         self.canvas = Canvas(width=CANVAS, height=CANVAS, layout=widgets.Layout(width=side, height=side))
+        self.aside = Canvas(width=1, height=1) # Never shown, see `redraw`
         self.clear = widgets.Button(description="Clear", icon="eraser", layout=widgets.Layout(width="90px"))
         self.clear.on_click(self.wipe)
         self.canvas.on_client_ready(self.redraw)
@@ -593,6 +594,7 @@ def redraw(self: Pad) -> None:
     from ipycanvas import hold_canvas
     canvas = self.canvas
     with hold_canvas():
+        self.aside.clear()
         canvas.fill_style = "black"
         canvas.fill_rect(0, 0, CANVAS, CANVAS)
         canvas.stroke_style, canvas.line_width, canvas.line_cap = "white", PEN * CANVAS, "round"

@@ -17,6 +17,7 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from filelock import FileLock
 
 root = Path(__file__).resolve().parents[2]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -63,12 +64,15 @@ def page(browser):
 
 @pytest.fixture(scope="session")
 def site_folder(tmp_path_factory) -> Path:
-    "The site as .ci/site.py builds it now."
+    "The site as .ci/site.py builds it now: once, for all workers of pytest-xdist."
     needs("sphinx", "myst_nb", "sphinx_book_theme", "sphinx_copybutton", "sphinx-mathjax-offline")
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, root/".ci"/"site.py", "--out", folder]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stdout + done.stderr
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)/"site"
+    with FileLock(f"{folder}.lock"):
+        if folder.exists(): return folder
+        command = [sys.executable, root/".ci"/"site.py", "--out", folder]
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
@@ -124,43 +128,76 @@ def server(folder: Path, ready: str, *command):
         except subprocess.TimeoutExpired: process.kill()
 
 
-def copied_notebooks(folder: Path) -> Path:
-    "The chapters without their outputs: what is seen is what was computed now."
+# The explorers that stand below the chapter on the threshold desk, each a cell
+SIBLINGS = """
+from nioodd.explore.siblings import SiblingExplorer
+
+SiblingExplorer(net.eval(), digits.images[:200], unknown["letters"][:200], digits.labels[:200])
+"""
+ASK = """
+from nioodd.explore.ask import Ask
+from nioodd.posthoc.layerwise import LayerwiseDetector
+
+layers = LayerwiseDetector(net, classes=digits.classes).fit(train[:500], digits[:200])
+Ask(layers, {"digits": digits, "letters": unknown["letters"]})
+"""
+STUDIO = """
+import tempfile
+
+from nioodd.core.options import with_values
+from nioodd.explore.inversion_studio import InversionStudio
+from nioodd.inversion.config import Config
+from nioodd.inversion.loop import run
+
+small = with_values(Config(), [
+    "id_set=digits5k", "size=8", "train_images=200", "ood_sets=letters", "ood_split=test", "eval_images=50", "rounds=2",
+    "pretrain_epochs=1", "generator_steps=3", "generator_batch=11", "samples=44", "noise_images=20", "temperature=0.3"])
+scratch = tempfile.TemporaryDirectory()
+run(small, f"{scratch.name}/run", progress=False)
+studio = InversionStudio(f"{scratch.name}/run", known=train.images[:100])
+studio.controls["round"].value = 1
+studio.wait()
+"""
+
+
+def explorers_page(folder: Path) -> Path:
+    """A folder with the notebook explorers.ipynb: every explorer, in one kernel.
+
+    The chapter on the threshold desk without its outputs (what is seen is what was computed now), then the others."""
     import nbformat
-    notebooks = folder/"nbs"
-    for path in (root/"nbs").glob("*/[0-9]*.ipynb"):
-        nb = nbformat.read(path, as_version=4)
-        for cell in nb.cells:
-            if cell.cell_type == "code": cell.outputs = []
-        copy = notebooks/path.relative_to(root/"nbs")
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        nbformat.write(nb, copy)
+    path, = (root/"nbs"/"explore").glob("[0-9][0-9]_threshold_desk.ipynb")
+    nb = nbformat.read(path, as_version=4)
+    for cell in nb.cells:
+        if cell.cell_type == "code": cell.outputs = []
+    nb.cells += [nbformat.v4.new_code_cell(source.strip()) for source in (SIBLINGS, ASK, STUDIO)]
+    (notebooks := folder/"nbs").mkdir()
+    nbformat.write(nb, notebooks/"explorers.ipynb")
     return notebooks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def lab(tmp_path_factory) -> str:
-    "JupyterLab over a copy of the notebooks, without a token, with all cells of a notebook on the page."
+    "JupyterLab over the explorers' page, without a token, with all cells of a notebook on the page."
     needs("jupyterlab", "ipywidgets", "jupyterlab_widgets")
     folder = tmp_path_factory.mktemp("lab")
     (settings := folder/"settings"/"@jupyterlab"/"notebook-extension").mkdir(parents=True)
     (settings/"tracker.jupyterlab-settings").write_text(json.dumps({"windowingMode": "none"}))
     options = [
         "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--IdentityProvider.token=",
-        f"--ServerApp.root_dir={copied_notebooks(folder)}",
+        f"--ServerApp.root_dir={explorers_page(folder)}",
         "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly", "--LabApp.news_url=none",
         "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
     ]
     with server(folder, "/api/status", "jupyterlab", *options) as address: yield address
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def voila(tmp_path_factory) -> str:
-    "voila over a copy of the notebooks, without jupytext's extension, which wants what only JupyterLab has."
+    "voila over the explorers' page, without jupytext's extension, which wants what only JupyterLab has."
     needs("voila", "ipywidgets")
     folder = tmp_path_factory.mktemp("voila")
     options = [
-        str(copied_notebooks(folder)), "--no-browser", "--Voila.ip=127.0.0.1", "--show_tracebacks=True",
+        str(explorers_page(folder)), "--no-browser", "--Voila.ip=127.0.0.1", "--show_tracebacks=True",
         "--VoilaConfiguration.extension_denylist=jupyterlab-jupytext",
     ]
     with server(folder, "/voila/static/voila.js", "voila", *options) as address: yield address

@@ -1,14 +1,11 @@
-"""Every explorer, as its notebook shows it, in JupyterLab and under voila.
+"""Every explorer in JupyterLab and under voila: a slider is moved, the picture changes, nothing goes wrong.
 
-A slider is moved, the picture changes, nothing goes wrong."""
+All are on one page, in one kernel: the chapter on the threshold desk as it is, and below it the other explorers, of the
+chapter's network (see `explorers_page`). nbdev_test executes the other chapters."""
 import re
-from pathlib import Path
 
-import pytest
-
-root = Path(__file__).resolve().parents[2]
 # One slider of each explorer, by its label
-SLIDERS = {"threshold_desk": "threshold", "siblings": "image", "ask": "morph", "inversion_studio": "round"}
+SLIDERS = {"threshold_desk": "threshold", "siblings": "siblings S", "ask": "morph", "inversion_studio": "round"}
 OPEN = """async path => {
   const app = window.jupyterapp;
   await app.restored;
@@ -94,35 +91,30 @@ def dropped(page) -> None:
     assert field.locator("img").evaluate("async img => { await img.decode(); return img.naturalWidth }") == 28
 
 
-def notebook_or_skip(explorer: str) -> str:
-    "Path under nbs/ of the chapter on an explorer."
-    found = sorted((root/"nbs"/"explore").glob(f"[0-9][0-9]_{explorer}.ipynb"))
-    if not found: pytest.skip(f"there is no chapter on {explorer} in nbs/explore")
-    return found[0].relative_to(root/"nbs").as_posix()
-
-
 LAB_ERRORS = """[data-mime-type='application/vnd.jupyter.stderr'] .ansi-red-fg,
 .jp-RenderedText[data-mime-type='application/vnd.jupyter.error']"""
 VOILA_ERRORS = ".jp-RenderedText[data-mime-type='application/vnd.jupyter.error'], .voila-error"
 
 
-@pytest.mark.parametrize("name", SLIDERS)
-def test_in_jupyterlab(page, lab, name):
+def all_moved(page) -> None:
+    "Every explorer's slider, and a file for the one that takes files."
+    for name in SLIDERS: moved(page, name)
+    dropped(page)
+
+
+def test_in_jupyterlab(page, lab):
     page.goto(f"{lab}/lab?reset")
     page.wait_for_function("() => window.jupyterapp")
-    page.evaluate(OPEN, notebook_or_skip(name))
+    page.evaluate(OPEN, "explorers.ipynb")
+    all_moved(page)
     assert page.locator(LAB_ERRORS).count() == 0
-    moved(page, name)
-    if name == "ask": dropped(page)
     assert not page.wrong, page.wrong
 
 
-@pytest.mark.parametrize("name", SLIDERS)
-def test_under_voila(page, voila, name):
+def test_under_voila(page, voila):
     # its icons: the tests need no network
     page.route(re.compile(r"https://cdn\."), lambda route: route.fulfill(content_type="text/css", body=""))
-    page.goto(f"{voila}/voila/render/{notebook_or_skip(name)}")
-    moved(page, name)
-    if name == "ask": dropped(page)
+    page.goto(f"{voila}/voila/render/explorers.ipynb")
+    all_moved(page)
     assert page.locator(VOILA_ERRORS).count() == 0
     assert not page.wrong, page.wrong

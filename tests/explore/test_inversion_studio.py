@@ -126,8 +126,8 @@ def test_a_live_run_is_a_function_of_its_seed_and_weights():
     def history(seed, **weights):
         torch.manual_seed(0)
         detector = GarbageDetector(network(), classes=["a", "b", "c"])
-        studio = InversionStudio(detector, known=images(20), every=20, seed=seed).wait()
-        studio.controls["steps"].value = 20
+        studio = InversionStudio(detector, known=images(20), every=4, seed=seed).wait()
+        studio.controls["steps"].min = studio.controls["steps"].value = 4
         for k, v in weights.items(): studio.controls[k].value = v
         studio.run_live()
         return studio.wait().history
