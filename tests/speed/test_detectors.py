@@ -23,7 +23,6 @@ from nioodd.speed.detectors import (
     table_seconds,
 )
 
-
 SMALL = dict(images=60, fit_images=200, train_images=200)
 
 
