@@ -1,4 +1,5 @@
 import os
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,3 +49,15 @@ def dies_before(monkeypatch):
             for module in (files, *modules): patch.setattr(module, "write_atomic", dies)
             yield
     return context
+
+
+@pytest.fixture
+def not_imported():
+    """As in a process that has imported nothing of nioodd: what is imported now is made anew.
+
+    Afterwards it is taken out again. A new process would load PyTorch again, which takes seconds."""
+    def ours(): return [name for name in sys.modules if name.partition(".")[0] == "nioodd"]
+    before = {name: sys.modules.pop(name) for name in ours()}
+    yield
+    for name in ours(): del sys.modules[name]
+    sys.modules.update(before)

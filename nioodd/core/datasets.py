@@ -647,7 +647,9 @@ _LEAST_DEVIATION = 16 # Of a patch's grey levels
 # %% ../../nbs/core/06_datasets.ipynb #935bf1fe
 def _textured_places(grey: Tensor) -> Tensor: # [places, 2], row and column
     "The upper left corners of all patches of 28×28 in a picture [1,1,H,W] that are not blank."
-    variance = F.avg_pool2d(grey**2, 28, 1) - F.avg_pool2d(grey, 28, 1)**2
+    def mean(x: Tensor) -> Tensor: # Sums of columns, then of rows: of whole numbers, thus exact
+        return F.avg_pool2d(F.avg_pool2d(x, (28, 1), 1, divisor_override=1), (1, 28), 1, divisor_override=28**2)
+    variance = mean(grey**2) - mean(grey)**2
     return (variance[0, 0] >= _LEAST_DEVIATION**2).nonzero()
 
 # %% ../../nbs/core/06_datasets.ipynb #12e23f55

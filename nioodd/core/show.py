@@ -18,6 +18,7 @@ from io import BytesIO
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -79,8 +80,9 @@ class Plot(Figure):
 # %% ../../nbs/core/04_show.ipynb #63f66830
 def png(figure: Figure) -> bytes:
     "`figure` as the bytes of a PNG file, at its own resolution (80 dots per inch for a `Plot`)."
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
+    buffer, canvas = BytesIO(), figure.canvas
+    try: FigureCanvasAgg(figure).print_png(buffer) # Lays out and draws once; `savefig` would twice
+    finally: figure.set_canvas(canvas)
     return buffer.getvalue()
 
 @style()

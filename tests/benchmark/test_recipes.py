@@ -127,19 +127,33 @@ def test_seeds_differ_and_repeat(recipe, tmp_path):
 SGD = dict(optimiser="sgd", lr=0.05, weight_decay=5e-4, flip=True, precision="float32")
 
 
+@pytest.fixture(scope="module")
+def left_alone(pictures, tmp_path_factory):
+    "Recipe and folder of an uninterrupted training, each trained once: four epochs of two steps."
+    made = {}
+
+    def get(name, values):
+        if name not in made:
+            recipe = Recipe(name, pictures, size=16, channels=1, epochs=4, batch_size=10, validation_images=60, shift=1)
+            recipe = dataclasses.replace(recipe, **values)
+            made[name] = recipe, tmp_path_factory.mktemp("left") / "whole"
+            train_classifier(*made[name], progress=False)
+        return made[name]
+    return get
+
+
 @pytest.mark.parametrize("name, values", [("C1", {}), ("C3", SGD), ("C4", dict(weight_decay=0.01))])
 @pytest.mark.parametrize("stop", (2, 3, 4, 11, 15, 16))
-def test_resume_from_any_file_is_bit_identical(recipe, tmp_path, dies_before, name, values, stop):
+def test_resume_from_any_file_is_bit_identical(left_alone, tmp_path, dies_before, name, values, stop):
     """The process dies just before the file with that number would be written.
 
     Dropout, momentum, augmentation and learning rate go on as if nothing had been."""
-    recipe = dataclasses.replace(recipe, architecture=name, channels=1, **values)
-    train_classifier(recipe, tmp_path / "whole", progress=False)
+    recipe, whole = left_alone(name, values)
     with dies_before(stop), pytest.raises(SystemExit):
         train_classifier(recipe, tmp_path / "part", progress=False)
     with pytest.raises(NiooddError, match="unfinished training.*--resume"): load_classifier(tmp_path / "part")
     train_classifier(recipe, tmp_path / "part", resume=True, progress=False)
-    same(tmp_path / "whole", tmp_path / "part")
+    same(whole, tmp_path / "part")
     assert not (tmp_path / "part/checkpoint.safetensors").exists()
 
 

@@ -3,15 +3,14 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from processes import TINY, forkserver, run_loop, squares
+from processes import TINY, forkserver, run_command, run_loop, squares
 
 from nioodd.app.cli import main
 from nioodd.core.datasets import Problem
@@ -24,15 +23,35 @@ from nioodd.inversion.invert import LOSSES, generator_loss
 from nioodd.inversion.loop import Loop, config_problem, judge, run
 
 
-@pytest.fixture
-def problem():
+def small_problem():
     g = torch.Generator().manual_seed(9)
     noise = torch.randint(0, 256, (60, 1, 12, 12), dtype=torch.uint8, generator=g)
     return Problem(squares(120, 0), squares(60, 1), {"squares": ImageSet("squares", noise, None, [])})
 
 
 @pytest.fixture
+def problem(): return small_problem()
+
+
+@pytest.fixture
 def config(): return with_values(Config(), TINY)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "The folder of a run that was left alone: to be read, not to be written to."
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    run(with_values(Config(), TINY), folder, problem=small_problem(), progress=False)
+    return folder
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    "A copy of it."
+    return Path(shutil.copytree(whole, tmp_path / "r"))
+
+
+def info_of(folder): return json.loads((folder / "run.json").read_text())
 
 
 def same_files(a: Path, b: Path, rounds: int):
@@ -46,16 +65,15 @@ def same_files(a: Path, b: Path, rounds: int):
 # --- resume ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stop", (3, 8, 10, 13))
-def test_resume_from_any_file_is_bit_identical(problem, config, tmp_path, dies_before, stop):
+def test_resume_from_any_file_is_bit_identical(problem, config, whole, tmp_path, dies_before, stop):
     """The process dies just before the file with that number would be written.
 
     It is resumed, and ends as an uninterrupted run."""
-    whole = run(config, tmp_path / "whole", problem=problem, progress=False)
     with dies_before(stop), pytest.raises(SystemExit):
         run(config, tmp_path / "part", problem=problem, progress=False)
     part = run(config, tmp_path / "part", problem=problem, resume=True, progress=False)
-    same_files(tmp_path / "whole", tmp_path / "part", config.rounds)
-    assert part["after"] == whole["after"] and part["before"] == whole["before"]
+    same_files(whole, tmp_path / "part", config.rounds)
+    assert all(part[k] == info_of(whole)[k] for k in ("before", "after"))
 
 
 def finished_rounds(out):
@@ -90,7 +108,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
 def test_a_loss_of_ones_own_counts_by_its_name(problem, config, tmp_path, monkeypatch):
     monkeypatch.setitem(LOSSES, "dark", None)  # Taken out again afterwards
     generator_loss("dark")(lambda batch: (batch.images + 1).mean())
-    run(with_values(config, ["losses=dark:9000"]), tmp_path, problem=problem, progress=False)
+    run(with_values(config, ["losses=dark:9000", "rounds=1"]), tmp_path, problem=problem, progress=False)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert "dark" in rows[-1]["generator"]
     assert json.loads((tmp_path / "run.json").read_text())["config"]["losses"] == ["dark:9000"]
@@ -103,46 +121,41 @@ def test_an_unknown_loss_is_named_before_anything_is_trained(problem, config, tm
 
 
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
-    "The real command, interrupted after its first round."
+    "The command, in a process of its own, interrupted after its first round."
     values = ["rounds=9", "pretrain_epochs=1", "train_images=600", "generator_steps=15", "samples=110",
               "ood_sets=uniform", "eval_images=100", "size=16"]
-    program = [sys.executable, "-c", "import sys; from nioodd.app.cli import main; sys.exit(main())"]
-
-    def heed_interrupts():
-        "A shell's background job is born ignoring them."
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    p = subprocess.Popen([*program, "run", *(f"--set={v}" for v in values), "--out", str(tmp_path / "run")],
-                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
-    while p.poll() is None and finished_rounds(tmp_path / "run") < 0: time.sleep(0.05)
-    p.send_signal(signal.SIGINT)
-    err = p.communicate(timeout=60)[1]
-    assert p.returncode == 130 and "Traceback" not in err
-    assert f"nioodd run --resume --out {tmp_path / 'run'}" in err.splitlines()[-1]
-    assert not [f for f in (tmp_path / "run").rglob(".*")]            # nothing half-written
+    errors, out = tmp_path / "errors", tmp_path / "run"
+    args = (str(errors), "run", *(f"--set={v}" for v in values), "--out", str(out))
+    p = forkserver.Process(target=run_command, args=args)
+    p.start()
+    while p.is_alive() and finished_rounds(out) < 0: time.sleep(0.05)
+    os.kill(p.pid, signal.SIGINT)
+    p.join(60)
+    err = errors.read_text()
+    assert p.exitcode == 130 and "Traceback" not in err
+    assert f"nioodd run --resume --out {out}" in err.splitlines()[-1]
+    assert not [f for f in out.rglob(".*")]            # nothing half-written
 
 
-def test_resume_with_a_changed_configuration(problem, config, tmp_path):
-    run(config, tmp_path / "r", problem=problem, progress=False)
+def test_resume_with_a_changed_configuration(problem, config, finished):
     with pytest.raises(NiooddError, match="lr: 0.001 → 0.01"):
-        run(with_values(config, ["lr=0.01"]), tmp_path / "r", problem=problem, resume=True, progress=False)
+        run(with_values(config, ["lr=0.01"]), finished, problem=problem, resume=True, progress=False)
 
 
-def test_checkpoint_cut_short(problem, config, tmp_path):
-    run(config, tmp_path / "r", problem=problem, progress=False)
-    info = json.loads((tmp_path / "r/run.json").read_text())
-    (tmp_path / "r/run.json").write_text(json.dumps(info | dict(status="running")))
-    newest = max((tmp_path / "r/checkpoints").iterdir())
+def test_checkpoint_cut_short(problem, config, finished):
+    info = info_of(finished)
+    (finished / "run.json").write_text(json.dumps(info | dict(status="running")))
+    newest = max((finished / "checkpoints").iterdir())
     newest.write_bytes(newest.read_bytes()[:1000])
     with pytest.raises(NiooddError, match=f"{newest.name} cannot be read.*cut short.*delete it"):
-        run(config, tmp_path / "r", problem=problem, resume=True, progress=False)
+        run(config, finished, problem=problem, resume=True, progress=False)
     newest.unlink()                                                   # what the message says helps
-    assert run(config, tmp_path / "r", problem=problem, resume=True, progress=False)["after"] == info["after"]
+    assert run(config, finished, problem=problem, resume=True, progress=False)["after"] == info["after"]
 
 
 # --- folders --------------------------------------------------------------------------------------
 
-def test_folder_that_holds_something_else(problem, config, tmp_path):
-    run(config, tmp_path / "r", problem=problem, progress=False)
+def test_folder_that_holds_something_else(problem, config, finished, tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x/thesis.tex").write_text("")
     for name, resume, says in (("r", False, "holds another run"), ("x", False, "not empty and holds no run"),
@@ -151,7 +164,7 @@ def test_folder_that_holds_something_else(problem, config, tmp_path):
             run(config, tmp_path / name, problem=problem, resume=resume, progress=False)
 
 
-def test_full_disk(problem, config, tmp_path, monkeypatch):
+def test_full_disk(problem, config, whole, tmp_path, monkeypatch):
     """The disk fills up in round 2: one line, nothing half-written.
 
     What was finished is kept and goes on once there is room."""
@@ -168,8 +181,7 @@ def test_full_disk(problem, config, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not [f for f in (tmp_path / "r").rglob(".*")]
     run(config, tmp_path / "r", problem=problem, resume=True, progress=False)
-    run(config, tmp_path / "whole", problem=problem, progress=False)
-    same_files(tmp_path / "whole", tmp_path / "r", config.rounds)
+    same_files(whole, tmp_path / "r", config.rounds)
 
 
 # --- divergence -----------------------------------------------------------------------------------
@@ -243,7 +255,7 @@ def test_control_adds_as_many_images(problem, config):
 
 def test_callers_random_stream_is_left_alone(problem, config, tmp_path):
     torch.manual_seed(5); want = torch.rand(3)
-    torch.manual_seed(5); run(config, tmp_path / "r", problem=problem, progress=False)
+    torch.manual_seed(5); run(with_values(config, ["rounds=1"]), tmp_path / "r", problem=problem, progress=False)
     assert torch.equal(torch.rand(3), want)
 
 

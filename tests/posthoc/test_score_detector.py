@@ -12,7 +12,7 @@ from nioodd.core.errors import NiooddError
 from nioodd.core.images import ImageSet, to_input
 from nioodd.core.models import Classifier
 from nioodd.core.training import train_epoch
-from nioodd.posthoc.baselines import BASELINES, FitData, logits_score
+from nioodd.posthoc.baselines import BASELINES, FitData, bayes_adapter, logits_score
 from nioodd.posthoc.outputs import network_outputs
 from nioodd.posthoc.score_detector import ScoreDetector, labelled_images
 
@@ -29,6 +29,14 @@ def patterns(n, seed):
     stripes = torch.stack([rows.T, rows, diagonal % 6 < 3, diagonal < SIZE]).float()
     x = 150 * stripes[y] + 200 * torch.rand(n, SIZE, SIZE, generator=rng) - 60
     return ImageSet("patterns", x.clamp(0, 255).to(torch.uint8)[:, None], y, [*"abcd"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief_fine_tuning():
+    "BayesAdapter's 400 steps are most of the time; 20 will do here, by the same code."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bayes_adapter.__kwdefaults__, "steps", 20)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from nioodd.speed.detectors import (
     table_seconds,
 )
 
+SMALL = dict(images=60, fit_images=200, train_images=200)
+
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -33,7 +35,7 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def c1(): return make_setup("C1", images=60, fit_images=400, train_images=400)
+def c1(): return make_setup("C1", **SMALL)
 
 
 def test_every_baseline_that_reads_outputs_has_its_counterpart():
@@ -42,10 +44,10 @@ def test_every_baseline_that_reads_outputs_has_its_counterpart():
 
 def test_a_setup_has_as_many_images_as_were_asked_for_and_is_reproducible(c1):
     state = torch.get_rng_state()
-    again = make_setup("C1", images=60, fit_images=400, train_images=400)
+    again = make_setup("C1", **SMALL)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(c1.model.state_dict().values(), again.model.state_dict().values()))
-    assert len(c1.images) == len(c1.labels) == 400 and [len(x) for x in c1.sets.values()] == [60] * 4
+    assert len(c1.images) == len(c1.labels) == 200 and [len(x) for x in c1.sets.values()] == [60] * 4
     assert c1.labels.unique().tolist() == list(range(10))
     assert not c1.model.training
     assert all(p.grad is None for p in c1.model.parameters())
