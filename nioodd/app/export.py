@@ -80,9 +80,10 @@ def traced(
     try:
         with torch.no_grad(), _quiet(), _AlwaysFinite():
             return torch.export.export(verdict, (images,), dynamic_shapes=any_batch, strict=False)
-    except NiooddError: raise
     except Exception as e: # Tracing runs anybody's code on a stand-in, so anything can be raised
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        if isinstance(e, NiooddError) and e.__cause__ is None: raise
+        cause = e.__cause__ if isinstance(e, NiooddError) else e # What the network itself raised
+        why = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise NiooddError(f"{type(detector.model).__name__} cannot be exported ({why}); expected a forward "
                           "that treats every batch and every image alike; see torch.export") from e
 

@@ -20,7 +20,7 @@ from ..benchmark.recipes import load_classifier, read_recipe, recipe_data
 from ..core.datasets import Problem
 from ..core.detector import load_weights
 from ..core.errors import NiooddError
-from ..core.files import ResumableFolder, check_empty, load_tensors, locked, provenance, write_json
+from ..core.files import ResumableFolder, check_empty, load_tensors, provenance, write_json
 from ..core.images import ImageSet
 from ..core.metrics import known_accuracy, ood_metrics
 from ..core.models import Classifier
@@ -137,8 +137,7 @@ def fit_folder(
     Raises `NiooddError` for a folder `out` that holds something else, a `resume` with other options,
     and a `folder` without a network or its data."""
     out = Path(out)
-    with locked(out):
-        LEARNING.begun(out, resume)
+    with LEARNING.held(out, resume):
         model, info, problem = folder_problem(folder, data, root)
         start = time.perf_counter()
         detector, rows = fit_problem(problem, model.to(device), options, progress, out / LEARNING.file)

@@ -25,7 +25,6 @@ from ..core.errors import NiooddError, unknown
 from nioodd.core.files import (
     ResumableFolder,
     load_signed,
-    locked,
     provenance,
     restore_checkpoint,
     save_checkpoint,
@@ -269,7 +268,7 @@ def train_classifier(
     found, a loss that is not finite, and a full disk."""
     if isinstance(recipe, str): recipe = find_recipe(recipe)
     out, device = Path(out), torch.device(device)
-    with locked(out):
+    with CLASSIFIER.held(out, resume):
         info = dict(details or {}) | _begin(out, recipe, seed, resume)
         if info.get("status") != "finished":
             problem = recipe_data(recipe, root)

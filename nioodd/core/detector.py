@@ -514,6 +514,8 @@ def fit(self: Detector,
 @patch
 def see(self: Detector, train: Tensor | None, held_out: Tensor, given: bool = True) -> None:
     "What `fit` looks at first: see `check_held_out` and `kind_of_images`. `given`: `held_out` is no part of `train`."
+    for x in (train, held_out):
+        if x is not None and len(x): check_images(x, self.model)
     if train is not None and given: check_held_out(train, held_out)
     kinds = {kind_of_images(x) for x in (train, held_out) if x is not None and len(x)}
     if len(kinds) > 1:

@@ -462,6 +462,18 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         with contextlib.suppress(OSError): # Only if nothing was written
             if os.listdir(folder) == [".lock"]: shutil.rmtree(folder)
 
+# %% ../../nbs/core/10_files.ipynb #815be559
+@patch
+@contextlib.contextmanager
+def held(self: ResumableFolder, folder: str | os.PathLike, resume: bool) -> Iterator[None]:
+    "As `locked`, after a look whether the task fits there, see `begun`. An error of writing says how to go on."
+    self.begun(folder, resume)
+    try:
+        with locked(folder): yield
+    except NiooddError as e:
+        if not str(e).startswith("cannot write"): raise
+        raise NiooddError(f"{e}; then go on with --resume") from None
+
 # %% ../../nbs/core/10_files.ipynb #f29406e5
 @patch
 def check_same(self: ResumableFolder,

@@ -24,7 +24,6 @@ from nioodd.core.files import (
     ResumableFolder,
     check_schema,
     load_tensors,
-    locked,
     provenance,
     restore_checkpoint,
     save_checkpoint,
@@ -668,7 +667,8 @@ def run(
     for a folder that holds another run, a resume with a changed configuration, data that cannot be
     found, a loss that is not finite (the last good checkpoint stays), and a full disk."""
     out = Path(out)
-    with locked(out): return _run(config, out, problem, root, device, resume, dict(details or {}), progress)
+    with RUN.held(out, resume):
+        return _run(config, out, problem, root, device, resume, dict(details or {}), progress)
 
 def _run(config, out, problem, root, device, resume, details, progress) -> dict: # See `run`
     info = _begin(out, config, resume, details)

@@ -384,6 +384,7 @@ def _odin(data: FitData, temperature: float = 1000.):
 # %% ../../nbs/posthoc/01_baselines.ipynb #736828fb
 def _sequence(model: nn.Module, x: Tensor) -> nn.Sequential:
     "The layers that are all of `model`. Raises `NiooddError` where it is no such sequence."
+    if isinstance(model, _Logits): model = model.network
     body = model if isinstance(model, nn.Sequential) else getattr(model, "body", None)
     if isinstance(body, nn.Sequential):
         alone, whole = body(x), model(x)

@@ -134,7 +134,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path):
     err = errors.read_text()
     assert p.exitcode == 130 and "Traceback" not in err
     assert f"nioodd run --resume --out {out}" in err.splitlines()[-1]
-    assert not [f for f in out.rglob(".*")]            # nothing half-written
+    assert not [f for f in out.rglob("*.part")] # nothing half-written
 
 
 def test_resume_with_a_changed_configuration(problem, config, finished):
@@ -147,7 +147,7 @@ def test_checkpoint_cut_short(problem, config, finished):
     (finished / "run.json").write_text(json.dumps(info | dict(status="running")))
     newest = max((finished / "checkpoints").iterdir())
     newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(NiooddError, match=f"{newest.name} cannot be read.*cut short.*delete it"):
+    with pytest.raises(NiooddError, match=f"{newest.name} cannot be read.*damaged.*delete it"):
         run(config, finished, problem=problem, resume=True, progress=False)
     newest.unlink()                                                   # what the message says helps
     assert run(config, finished, problem=problem, resume=True, progress=False)["after"] == info["after"]
@@ -179,7 +179,7 @@ def test_full_disk(problem, config, whole, tmp_path, monkeypatch):
     with pytest.raises(NiooddError, match="the disk is full.*--resume"):
         run(config, tmp_path / "r", problem=problem, progress=False)
     monkeypatch.undo()
-    assert not [f for f in (tmp_path / "r").rglob(".*")]
+    assert not [f for f in (tmp_path / "r").rglob("*.part")]
     run(config, tmp_path / "r", problem=problem, resume=True, progress=False)
     same_files(whole, tmp_path / "r", config.rounds)
 
