@@ -59,7 +59,7 @@ def _forward_flops(layer: nn.Module, x: Tensor, y: Tensor) -> int:
 # %% ../../nbs/speed/00_loop.ipynb #c5c117f7
 def layer_calls(
     step: Callable[..., object], # step(*networks): the forward part of a training step
-    *networks: nn.Module, # Private copies
+    *networks: nn.Module, # In the mode in which they are; private copies are run
 ) -> list[LayerCall]:
     "The linear and convolutional layers that `step` calls, in order, with their cost."
     calls = []
@@ -70,9 +70,10 @@ def layer_calls(
         passes = 1 + x.requires_grad + layer.weight.requires_grad
         calls.append(LayerCall(layer, x.detach().requires_grad_(x.requires_grad), weights, f, passes * f))
 
-    for network in networks:
+    copies = [private_copy(network, mode=None) for network in networks]
+    for network in copies:
         listen([m for m in network.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))], note)
-    step(*networks)
+    step(*copies)
     return calls
 
 # %% ../../nbs/speed/00_loop.ipynb #10d5c985

@@ -102,7 +102,8 @@ def test_posts_are_the_last_of_each_resolution_and_never_the_image(network):
     assert listening_posts(linear_only(), torch.randn(2, *SHAPE)) == ["1", "3", "5"]
     whole = nn.Sequential(nn.Conv2d(1, 4, 8), nn.Flatten())
     with pytest.raises(NiooddError, match="nothing to listen to"): listening_posts(whole, torch.randn(2, *SHAPE))
-    with pytest.raises(NiooddError, match="nothing to listen to"): LayerwiseDetector(whole).fit(images(20), images(80, seed=1))
+    with pytest.raises(NiooddError, match="nothing to listen to"):
+        LayerwiseDetector(whole).fit(images(20), images(80, seed=1))
     with pytest.raises(NiooddError, match="expected logits"): listening_posts(whole[0], torch.randn(2, *SHAPE))
 
 
@@ -319,7 +320,8 @@ def test_too_few_images(network):
     for known, held_out in ((images(100), []), ([], None)):
         with pytest.raises(NiooddError, match="held_out is empty; expected ID images"): d.fit(known, held_out)
     for known, options in ((images(1), {}), ([], {}), (images(50), dict(bank=0)), (images(50), dict(dimensions=0))):
-        with pytest.raises(NiooddError, match="expected at least 2 of each"): d.fit(known, images(80, seed=1), **options)
+        with pytest.raises(NiooddError, match="expected at least 2 of each"):
+            d.fit(known, images(80, seed=1), **options)
     with pytest.raises(NiooddError, match="shape"): d.fit(torch.zeros(100, 3, 8, 8), images(80, seed=1))
     # a fit that failed leaves it as it was
     with pytest.raises(NiooddError, match="knows no images"): d.predict(images(2))
@@ -481,7 +483,8 @@ class Returns(nn.Module):
     def forward(self, x): return self.what(self.network(x))
 
 @pytest.mark.parametrize("what, says", [(lambda z: (z, z), "returned tuple"),
-                                        (lambda z: dict(answer=z), "returned dict"), (lambda z: z[None], r"a tensor float32 \[1,")])
+                                        (lambda z: dict(answer=z), "returned dict"),
+                                        (lambda z: z[None], r"a tensor float32 \[1,")])
 def test_networks_that_return_something_else(network, what, says):
     with pytest.raises(NiooddError, match=says):
         LayerwiseDetector(Returns(network, what)).fit(images(100), images(100, seed=1))
