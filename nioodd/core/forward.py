@@ -277,13 +277,14 @@ def _first_argument(args: tuple, kwargs: dict) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
 
 def layer_inputs(
-    model: nn.Module, # Any classifier: images → logits [N, K]; runs in the mode in which it is
+    model: nn.Module, # Any classifier: images → logits [N, K]
     x: Tensor, # Images as the model takes them
     layers: Iterable[str] | None = None, # Names; None: every linear and convolutional layer
     last: int | None = None, # Keep the inputs of the last so many layers only; None: of all
+    mode: str | None = None, # "eval", or None: the mode in which it is
 ) -> tuple[Tensor, dict[str, Tensor]]: # Logits [N, K]; name → its last input, in the order they ran
     "One forward pass that notes what layers read. Raises `NiooddError` as `call_network`."
-    copy = private_copy(model, mode=None)
+    copy = private_copy(model, mode)
     if layers is not None: modules = {k: copy.get_submodule(k) for k in layers}
     else: modules = {k: m for k, m in copy.named_modules() if isinstance(m, LAYERS)}
     names = {m: k for k, m in modules.items()}

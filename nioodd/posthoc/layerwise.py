@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..core.detector import Detector, all_images, check_sorted_scores
 from ..core.errors import NiooddError
-from ..core.forward import as_input, batches, layer_inputs, logits_of, private_copy
+from ..core.forward import as_input, batches, layer_inputs, logits_of
 from ..core.registry import patch
 from ..core.scores import energy
 
@@ -58,7 +58,7 @@ def listening_posts(
     shape are skipped.
 
     Raises `NiooddError` for a network without such layers."""
-    inputs = layer_inputs(private_copy(model), x)[1]
+    inputs = layer_inputs(model, x, mode="eval")[1]
     inputs = {name: t for name, t in inputs.items() if len(t) == len(x) and t.shape != x.shape}
     inputs = _without_squeezes(inputs)
     vectors = {name for name, t in inputs.items() if t.ndim == 2}
@@ -94,7 +94,7 @@ def read_directions(
     "One forward pass in eval mode: the logits, and what the layers read, as `directions`."
     layers = list(dict.fromkeys(name.partition(" ")[0] for name in names))
     x = as_input(x, model)
-    logits, inputs = layer_inputs(private_copy(model), x, layers)
+    logits, inputs = layer_inputs(model, x, layers, mode="eval")
     read = {}
     for layer in layers:
         for kind, u in directions(inputs[layer]).items(): read[layer + kind] = u
