@@ -134,7 +134,7 @@ def number(text: str, is_share: bool) -> tuple[float, float, bool]:
     digits = text.replace(",", "").replace("−", "-").rstrip(".")
     mantissa, _, power = digits.lower().partition("e")
     places = len(mantissa.partition(".")[2])
-    return float(digits), 10.0 ** (int(power or 0) - places), is_share
+    return float(digits), 10.0 ** min(int(power or 0) - places, 300), is_share
 
 
 def tokens(line: str, speeds: bool = False) -> list:

@@ -212,7 +212,7 @@ def one_call_each(loaded: dict) -> dict:
         m.ensemble_score([outputs, outputs])
 
     def layers(m):
-        fitted = m.LayerwiseDetector(model).fit(images.repeat(4, 1, 1, 1), images.repeat(3, 1, 1, 1))
+        fitted = m.LayerwiseDetector(model).fit(images.repeat(4, 1, 1, 1), (255 - images).repeat(3, 1, 1, 1))
         fitted.verdict(images)
 
     return {

@@ -276,7 +276,8 @@ def test_errors_in_one_line(network, detectors, tmp_path):
     out.write_bytes(out.read_bytes()[:500])
     assert "cannot be read" in one_line(Exported, out)
     torch.export.save(torch.export.export(network, (torch.zeros(2, *SHAPE),)), out)
-    assert "does not say what it is" in one_line(Exported, out)
+    assert "could run code" in one_line(Exported, out)
+    assert "nioodd export has not written" in one_line(Exported, out, None, True)
 
 
 def test_without_onnx_one_line(detectors, tmp_path, monkeypatch):
