@@ -11,9 +11,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nioodd.app.cli import main
+from nioodd.app.export import Exported
 
 EVENTS = ("open", "fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
 SETTINGS = dict(id_set="folder:tiny", ood_sets="folder:odd", size=16, rounds=1, pretrain_epochs=1, generator_steps=2,
@@ -138,6 +140,7 @@ def test_killed_at_a_file_event(here, name):
         where = f"killed at event {stop} of {n}"
         if not finished or name == "report": assert end(words, name, out, more) == 0, where
         assert contents(out, *same) == expected, where
+        if name == "export": assert len(Exported(out/"d.pt2").verdict(torch.zeros(3, 1, 16, 16).byte())["score"]) == 3
         left = [p.name for p in out.rglob("*.part")] + [p.name for p in here.glob("*.part")]
         assert all(str(os.getpid()) in p for p in left) # This process lives; those of a dead one are removed
     print(f"{name}: {len(stops)} of {n} events", file=sys.stderr)

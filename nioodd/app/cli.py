@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,23 +134,24 @@ def _numbers(option: str, text: str, kind: type = int) -> tuple:
         raise NiooddError(f"{option} is {text!r}; expected {expected}") from None
 
 # %% ../../nbs/app/02_cli.ipynb #66b3380d
+def _names(stem: str) -> Iterator[Path]:
+    "runs/STEM, runs/STEM-2, runs/STEM-3 …"
+    yield Path("runs", stem)
+    for n in count(2): yield Path("runs", f"{stem}-{n}")
+
 def _folder(out: str | None, stem: str, resume: bool) -> Path:
-    """`out`, or runs/STEM, runs/STEM-2 …: the first that is free, or the last that is not, to resume.
+    """`out`, or the first of `_names` that is free, or the last that is not, to resume.
 
     A free one is made at once, so that no other process can take it."""
     if out: return Path(out)
-    taken, n = None, 1
-    path = Path("runs", stem)
-    while True:
-        if resume and not path.exists(): break
-        if not resume:
-            with suppress(FileExistsError):
-                path.mkdir(parents=True)
-                return path
-        taken, n = path, n + 1
-        path = Path("runs", f"{stem}-{n}")
-    if taken is None: raise NiooddError(f"there is no run {path} to resume; give its folder with --out")
-    return taken
+    if resume:
+        taken = list(takewhile(Path.exists, _names(stem)))
+        if taken: return taken[-1]
+        raise NiooddError(f"there is no run {Path('runs', stem)} to resume; give its folder with --out")
+    for path in _names(stem):
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
 
 @contextmanager
 def _not_left_empty(folder: Path) -> Iterator[None]:
@@ -384,7 +386,8 @@ def _export(a: argparse.Namespace) -> int:
     "Prints what the file takes and gives, and how far its scores are from the detector's."
     from nioodd.app.export import TOLERANCE, export
     from nioodd.core.detector import Detector
-    e = export(Detector.load(a.detector), a.out, tolerance=a.tolerance or TOLERANCE)
+    tolerance = TOLERANCE if a.tolerance is None else a.tolerance
+    e = export(Detector.load(a.detector), a.out, tolerance=tolerance)
     images, apart = e.difference.images, e.difference.score
     print(f"uint8 [B, {e.channels}, {e.size}, {e.size}] to {', '.join(e.outputs)}; "
           f"scores of {images} images differ by {apart:.0e} at most (relative)")
@@ -422,7 +425,7 @@ def _load(path: str, trust: bool):
              help="the folder of a finished run or of a saved detector, or a file of nioodd export"),
     argument("paths", nargs="+", metavar="PATH", help="image files, or folders of them"),
     argument("--format", choices=("table", "csv", "json"), default="table", help="of the output"),
-    argument("--most-pixels", type=int, default=25_000_000, metavar="N", help="an image with more is not read"),
+    argument("--most-pixels", type=int, metavar="N", help="an image with more is not read (default 25,000,000)"),
     argument("--trust", action="store_true", help="run code that a .pt2 file carries: only if you made it yourself"),
     help="judge image files",
     description="Judge image files by a finished run, a saved detector or an exported one: "
@@ -434,28 +437,30 @@ def _score(a: argparse.Namespace) -> int:
     detector = _load(a.run, a.trust)
     rows, errors = [], []
     for i in range(0, len(paths), JUDGED_AT_ONCE):
-        _judge_files(detector, paths[i:i + JUDGED_AT_ONCE], a.most_pixels, rows, errors)
+        more_rows, more_errors = _judge_files(detector, paths[i:i + JUDGED_AT_ONCE], a.most_pixels)
+        rows += more_rows
+        errors += more_errors
     if not rows: raise errors[0]
     _print_rows(rows, a.format)
     for e in errors: print(f"nioodd: {printable(str(e))}", file=sys.stderr)
     if errors: print(f"nioodd: {len(errors)} of {len(paths)} files could not be judged", file=sys.stderr)
     return 1 if errors else 0
 
-def _judge_files(detector, paths: list[Path], most_pixels: int, rows: list[dict], errors: list[NiooddError]) -> None:
-    "Adds a row for each image, or why there is none."
+def _judge_files(detector, paths: list[Path], most_pixels: int | None) -> tuple[list[dict], list[NiooddError]]:
+    "A row for each image, and why there is none for the others."
     import torch
 
-    from nioodd.core.images import read_each
-    found = read_each(paths, detector.size, detector.channels, most_pixels)
-    errors += [x for x in found if isinstance(x, NiooddError)]
+    from nioodd.core.images import MOST_PIXELS, read_each
+    found = read_each(paths, detector.size, detector.channels, MOST_PIXELS if most_pixels is None else most_pixels)
+    errors = [x for x in found if isinstance(x, NiooddError)]
     read = [(path, x) for path, x in zip(paths, found) if not isinstance(x, NiooddError)]
-    if not read: return
+    if not read: return [], errors
     verdict = detector.verdict(torch.stack([x for _, x in read]))
     labels = verdict.pop("label").tolist()
     classes = detector.classes or range(max(labels) + 1)
     columns = {"file": [str(path) for path, _ in read], "class": [str(classes[k]) for k in labels]}
     columns |= {name: values.tolist() for name, values in verdict.items()}
-    rows += [dict(zip(columns, row)) for row in zip(*columns.values())]
+    return [dict(zip(columns, row)) for row in zip(*columns.values())], errors
 
 # %% ../../nbs/app/02_cli.ipynb #443f36bb
 def printable(text: str) -> str:

@@ -247,7 +247,7 @@ def _reader(path: Path) -> Callable[[bytes], tuple[Run, dict[str, Any]]]:
 # %% ../../nbs/app/01_export.ipynb #7066e0f9
 _ABOUT = {"type": "object", "required": ["size", "channels", "classes", "threshold", "outputs"], "properties": {
     "size": {"type": "integer", "minimum": 1, "maximum": 4096}, "channels": {"enum": [1, 3]},
-    "classes": {"anyOf": [{"type": "array", "items": {"type": "string"}}, {"type": "null"}]},
+    "classes": {"type": ["array", "null"], "items": {"type": "string"}},
     "threshold": {"type": ["number", "null"]}, "outputs": {"type": "array", "items": {"type": "string"}}}}
 
 def _read(path: Path, content: bytes | None, trust: bool) -> tuple[Run, dict[str, Any]]:
@@ -262,7 +262,7 @@ def _read(path: Path, content: bytes | None, trust: bool) -> tuple[Run, dict[str
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
         raise NiooddError(f"{path} cannot be read ({why}); expected a file written by nioodd export; "
                           "write it again") from e
-    check_schema(about, _ABOUT, f"{path}, which nioodd export has not written,")
+    check_schema(about, _ABOUT, f"{path} was not written by nioodd export")
     return run, about
 
 # %% ../../nbs/app/01_export.ipynb #471d9141

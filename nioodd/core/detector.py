@@ -235,6 +235,7 @@ def id_batches(
     if isinstance(images, ImageSet): images = [(images.images, images.labels)]
     elif isinstance(images, Tensor) or _is_pair(images): images = [images]
     elif isinstance(images, Dataset) and not isinstance(images, IterableDataset):
+        if len(images): read_batch(images[0]) # Raises an error where it gives no tensors, such as PIL images
         images = DataLoader(images, 256)
     try: batches = iter(images)
     except TypeError: raise _no_images(images) from None
@@ -308,15 +309,10 @@ def _thumbnails(images: Tensor) -> Tensor: # float32 [N, d]
     if images.ndim != 4: return images.flatten(1)[:, :256].float()
     return torch.cat([F.adaptive_avg_pool2d(part.float(), 8).flatten(1) for part in images.split(500)])
 
-def _rows(t: Tensor) -> np.ndarray: # [N] of bytes
-    "Each row as one value that can be compared."
-    a = np.ascontiguousarray(t.numpy())
-    return a.view(np.dtype((np.void, a.dtype.itemsize * a.shape[1]))).ravel()
-
 def _number_of_copies(train: Tensor, held_out: Tensor, a: Tensor, b: Tensor) -> int:
     "How many held-out images are among the training images; `a` and `b` are their thumbnails."
-    place = dict(zip(map(bytes, _rows(a)), range(len(a))))
-    alike = [(place.get(bytes(row)), i) for i, row in enumerate(_rows(b))]
+    place = {row.tobytes(): k for k, row in enumerate(a.numpy())}
+    alike = [(place.get(row.tobytes()), i) for i, row in enumerate(b.numpy())]
     return sum(torch.equal(train[k], held_out[i]) for k, i in alike if k is not None)
 
 def _share_nearer(a: Tensor, b: Tensor) -> float:
@@ -334,8 +330,9 @@ def check_held_out(train: Tensor, held_out: Tensor) -> None:
     "Raise `NiooddError`, or warn, if held-out images seem to be training images."
     comparable = train.shape[1:] == held_out.shape[1:] and train.dtype == held_out.dtype
     if not comparable or min(len(train), len(held_out)) < 2: return
-    a, b = _thumbnails(train.cpu()), _thumbnails(held_out.cpu())
-    copies = _number_of_copies(train.cpu(), held_out.cpu(), a, b)
+    train, held_out = train.cpu(), held_out.cpu()
+    a, b = _thumbnails(train), _thumbnails(held_out)
+    copies = _number_of_copies(train, held_out, a, b)
     if copies > max(1, COPIES * len(held_out)):
         raise NiooddError(f"{copies} of {len(held_out)} held-out images are among the training images; "
                           "expected others; hold images out before the network is trained")
@@ -466,7 +463,7 @@ def learnt(self: Detector) -> dict[str, Tensor]:
 def restore(self: Detector, tensors: dict[str, Tensor]) -> None:
     "Takes back what `learnt` gave."
 
-# %% ../../nbs/core/12_detector.ipynb #149cc89d
+# %% ../../nbs/core/12_detector.ipynb #bc26a573
 @patch
 def calibrate(self: Detector,
     scores, # [n] scores of ID images that the network was not trained on, as of `predict`
@@ -484,6 +481,7 @@ def calibrate(self: Detector,
                       "and is it trained?", stacklevel=3)
     return self
 
+# %% ../../nbs/core/12_detector.ipynb #149cc89d
 @patch
 def fit(self: Detector,
     train=None, # Images that the network was trained on, see `all_images`
@@ -512,6 +510,13 @@ def fit(self: Detector,
     return self.calibrate(self.predict(left), false_alarms)
 
 @patch
+def _split(self: Detector, train: Tensor) -> tuple[Tensor, Tensor]:
+    "A quarter of `train` held out, at random and always the same; all of it where nothing is learnt."
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    return train[order].tensor_split([len(train) * 3 // 4 if self.requires_fit else 0])
+
+# %% ../../nbs/core/12_detector.ipynb #40fa5dd1
+@patch
 def see(self: Detector, train: Tensor | None, held_out: Tensor, given: bool = True) -> None:
     "What `fit` looks at first: see `check_held_out` and `kind_of_images`. `given`: `held_out` is no part of `train`."
     for x in (train, held_out):
@@ -531,11 +536,7 @@ def check_input(self: Detector, x: Tensor) -> None: # [B, C, H, W]
     raise NiooddError(f"this {type(self).__name__} was fitted with floats that are not bytes / 127.5 - 1, "
                       "and the images are bytes; expected floats; prepare them as those that it was fitted with")
 
-@patch
-def _split(self: Detector, train: Tensor) -> tuple[Tensor, Tensor]:
-    "A quarter of `train` held out, at random and always the same; all of it where nothing is learnt."
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    return train[order].tensor_split([len(train) * 3 // 4 if self.requires_fit else 0])
+
 
 # %% ../../nbs/core/12_detector.ipynb #cf0c9410
 @patch

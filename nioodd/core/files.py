@@ -458,9 +458,11 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
         raise NiooddError(f"cannot write to {str(folder)[:300]}: {why}; choose another folder (--out)") from None
     try: yield
     finally:
+        with contextlib.suppress(OSError): # Where nothing was written, nothing is left
+            if os.listdir(folder) == [".lock"]:
+                os.unlink(Path(folder) / ".lock")
+                os.rmdir(folder) # Fails if another process has begun there
         lock.release()
-        with contextlib.suppress(OSError): # Only if nothing was written
-            if os.listdir(folder) == [".lock"]: shutil.rmtree(folder)
 
 # %% ../../nbs/core/10_files.ipynb #815be559
 @patch

@@ -11,6 +11,7 @@ __all__ = ['LAYERS', 'BYTES_AT_ONCE', 'floating_tensor', 'is_channels_last', 'in
 # %% ../../nbs/core/08_forward.ipynb #46c1568f
 import math
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from functools import partial
 from itertools import chain
 from types import MethodType
@@ -201,12 +202,11 @@ def private_copy(
 
 def independent_copy(model: nn.Module) -> nn.Module: # In eval mode, without gradients
     "As `private_copy`, but with weights and buffers of its own: training `model` does not change it."
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        return deepcopy(unwrapped(model)).eval().requires_grad_(False)
     own = {k: nn.Parameter(p.detach().clone(), requires_grad=False) for k, p in parameters_of(model).items()}
-    copier = _Copier("eval")
-    copy = copier.copy(model)
-    _replace(copier, copy, own, detach=True)
-    for _, new in copier.done: new._buffers = _cloned(new._buffers)
-    _redirect(copier)
+    copy = private_copy(model, weights=own)
+    for m in copy.modules(): m._buffers = _cloned(m._buffers)
     return copy
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:

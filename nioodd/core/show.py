@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedFormatter, FuncFormatter, MaxNLocator, NullFormatter
 
 from .errors import NiooddError, unknown
 from .metrics import accepted, auroc
@@ -60,20 +60,31 @@ def style():
     "nioodd's plotting style, a context manager and decorator. `rcParams` come back; one thread at a time."
     with _STYLE, matplotlib.rc_context(STYLE): yield
 
-# %% ../../nbs/core/04_show.ipynb #28d2b03c
-def _show_as_it_is(text: Text) -> None:
-    content = text.get_text()
-    if "\\mathdefault" not in content: text.set_parse_math(False)
-    if any("\ud800" <= c <= "\udfff" for c in content):
-        text.set_text(content.encode(errors="backslashreplace").decode())
-
 # %% ../../nbs/core/04_show.ipynb #43b294da
+def _numbers_at_axes(figure: Figure) -> set[int]:
+    "The `id` of each text that is a number at an axis; an axis with names has none."
+    texts = set()
+    for axis in [axis for ax in figure.axes for axis in (ax.xaxis, ax.yaxis)]:
+        if isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter)): continue
+        ticks = *axis.get_major_ticks(), *axis.get_minor_ticks()
+        texts |= {id(axis.offsetText)}.union(*({id(tick.label1), id(tick.label2)} for tick in ticks))
+    return texts
+
+def _show_as_it_is(figure: Figure) -> None:
+    "Takes no name for mathematics, and no bytes that are no text for an error."
+    numbers = _numbers_at_axes(figure)
+    for text in figure.findobj(lambda artist: isinstance(artist, Text) and id(artist) not in numbers):
+        text.set_parse_math(False)
+        text.set_text(text.get_text().encode(errors="backslashreplace").decode())
+
+# %% ../../nbs/core/04_show.ipynb #28d2b03c
 class Plot(Figure):
     "A `Figure` that draws itself in nioodd's `style` and shows itself in a notebook, without `pyplot`."
     def draw(self, renderer):
         "Draw on `renderer`, in the style."
-        for text in self.findobj(Text): _show_as_it_is(text)
-        with style(): super().draw(renderer)
+        with style():
+            _show_as_it_is(self)
+            super().draw(renderer)
 
     def _repr_png_(self) -> bytes: return png(self)
 

@@ -668,22 +668,19 @@ def run(
     found, a loss that is not finite (the last good checkpoint stays), and a full disk."""
     out = Path(out)
     with RUN.held(out, resume):
-        return _run(config, out, problem, root, device, resume, dict(details or {}), progress)
-
-def _run(config, out, problem, root, device, resume, details, progress) -> dict: # See `run`
-    info = _begin(out, config, resume, details)
-    if info["status"] == "finished": return info
-    family_names(config.noise) # An unknown one is named before the images are read
-    if config.inversion: loss_weights(config.loss_weights) # So is an unknown loss
-    problem = problem or config_problem(config, root)
-    check_classes(problem.train)
-    info |= _about(problem, config, device)
-    write_json(out / "run.json", info)
-    started = time.perf_counter() - info["seconds"]
-    with seeded(config.seed, device):
-        loop = Loop(config, problem, device, progress)
-        loop.restore(out)
-        _rounds(loop, out, info, started)
-        _finish(loop, out, info)
-        _log(loop, out, info, started)
-    return info
+        info = _begin(out, config, resume, dict(details or {}))
+        if info["status"] == "finished": return info
+        family_names(config.noise) # An unknown one is named before the images are read
+        if config.inversion: loss_weights(config.loss_weights) # So is an unknown loss
+        problem = problem or config_problem(config, root)
+        check_classes(problem.train)
+        info |= _about(problem, config, device)
+        write_json(out / "run.json", info)
+        started = time.perf_counter() - info["seconds"]
+        with seeded(config.seed, device):
+            loop = Loop(config, problem, device, progress)
+            loop.restore(out)
+            _rounds(loop, out, info, started)
+            _finish(loop, out, info)
+            _log(loop, out, info, started)
+        return info

@@ -176,7 +176,7 @@ class _Logits(nn.Module):
         super().__init__()
         self.network = independent_copy(network)
 
-    def forward(self, x: Tensor) -> Tensor: return call_network(self.network, x)
+    def forward(self, x: Tensor) -> Tensor: return call_network(self.network, x.clone()) # Some networks write to it
 
 def _frozen_output_layer(data: FitData) -> nn.Linear:
     "A copy of the network's output layer, on the CPU. Errors as `output_layer`."
@@ -503,7 +503,7 @@ def bayes_adapter(
     Raises `NiooddError` for labels that do not fit the network, and when the loss is not finite."""
     net, losses = independent_copy(model), []
     own, device = dict(net.named_parameters()), next(net.parameters()).device
-    with torch.no_grad(): n_outputs = net(as_input(images[:1], net)).shape[1]
+    with torch.no_grad(): n_outputs = call_network(net, as_input(images[:1], net)).shape[1]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         mu = {k: own[k].detach().clone().requires_grad_() for k in scales(net)}

@@ -206,12 +206,13 @@ class Stacked:
 
 # %% ../../nbs/trust/01_fast_siblings.ipynb #cb5916b5
 def _trunk_results(trunk: nn.Module, x: Tensor) -> tuple[Tensor, ...]: # What the trunk hands to the branches
-    return trunk(x.clone(memory_format=torch.channels_last) if x.ndim == 4 else x)
+    # `forward`, because a graph that is called prints an error that it raises, also one that is caught
+    return trunk.forward(x.clone(memory_format=torch.channels_last) if x.ndim == 4 else x)
 
 def _stacked_logits(networks: nn.ModuleList, x: Tensor) -> Tensor: # Trunk and branches; [B, C, H, W] → [S, B, K]
     trunk, *branches = networks
     shared = _trunk_results(trunk, x)
-    return torch.stack([branch(*shared) for branch in branches])
+    return torch.stack([branch.forward(*shared) for branch in branches])
 
 # %% ../../nbs/trust/01_fast_siblings.ipynb #db3fc252
 @patch
@@ -448,7 +449,7 @@ def fused(
         own, theirs = parameters_of(model), dict(found.network.named_parameters())
         moved = sibling(model, {k: 1.1 * own[k] for k in names})(x.clone())
         by_factor = {k: theirs[k] + 0.1 * own[k] * found.factor.get(k, 1) for k in names}
-        again = sibling(found.network, by_factor)(x.clone())
+        again = sibling(found.network, by_factor).forward(x.clone())
         if torch.allclose(again, moved, rtol=0, atol=1e-4 * moved.abs().max().item()): return found
     except Exception: pass # Tracing runs anybody's code on a stand-in; a parameter may be gone
     return Fused(model, {})

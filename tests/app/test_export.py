@@ -277,7 +277,7 @@ def test_errors_in_one_line(network, detectors, tmp_path):
     assert "cannot be read" in one_line(Exported, out)
     torch.export.save(torch.export.export(network, (torch.zeros(2, *SHAPE),)), out)
     assert "could run code" in one_line(Exported, out)
-    assert "nioodd export has not written" in one_line(Exported, out, None, True)
+    assert "was not written by nioodd export" in one_line(Exported, out, None, True)
 
 
 def test_without_onnx_one_line(detectors, tmp_path, monkeypatch):

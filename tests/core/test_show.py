@@ -48,3 +48,17 @@ def test_grid_shows_every_pixel(size, channels):
     assert torch.equal(cells, images.expand(6, 3, size, size))
     assert [t.get_text() for t in figure.axes[0].texts if t.get_fontweight() == "bold"] == ["b", "a"]
     assert show.png(figure).startswith(b"\x89PNG")
+
+
+def test_names_are_shown_as_they_are_and_numbers_as_powers():
+    with show.style():
+        figure = show.Plot(layout="constrained")
+        ax = figure.subplots()
+        ax.loglog([1e-4, 1], [1, 2])
+        ax.set(title="$a_b$ costs $5")
+        ax.set_yticks([1, 2], ["$x_1$", "y"])
+    show.png(figure) # Draws it, so that all labels are there
+    powers = [tick.label1 for tick in ax.xaxis.get_major_ticks()]
+    assert all("mathdefault" in label.get_text() and label.get_parse_math() for label in powers)
+    names = [ax.title, *(tick.label1 for tick in ax.yaxis.get_major_ticks())]
+    assert not any(label.get_parse_math() for label in names)
