@@ -55,7 +55,7 @@ def _misfits(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[str]:
     both = [k for k in own if k in tensors]
     wrong = [f"{k} is {kind(tensors[k])} in the file, {kind(own[k])} in the network"
              for k in both if kind(tensors[k]) != kind(own[k])]
-    wrong += [f"{k} is not in the network" for k in tensors if k not in own]
+    wrong += [f"{k} is not in the network" for k in sorted(tensors) if k not in own]
     wrong += [f"{k} is not in the file" for k in own if k not in tensors]
     return wrong
 

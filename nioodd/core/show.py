@@ -73,7 +73,8 @@ def _numbers_at_axes(figure: Figure) -> set[int]:
 def _show_as_it_is(figure: Figure) -> None:
     "Takes no name for mathematics, and no bytes that are no text for an error."
     numbers = _numbers_at_axes(figure)
-    for text in figure.findobj(lambda artist: isinstance(artist, Text) and id(artist) not in numbers):
+    for text in figure.findobj(Text):
+        if id(text) in numbers: continue
         text.set_parse_math(False)
         text.set_text(text.get_text().encode(errors="backslashreplace").decode())
 
