@@ -187,7 +187,7 @@ def test_wrong_architecture_lists_what_differs_and_leaves_the_network_alone(own,
     misfits = [
         (own(8), (other_shape, "more")),
         (own(16).double(), ("float32 in the file", "float64 in the network")),
-        (nn.Linear(3, 3), ("conv.bias is not in the network", "conv.weight is not in the network", "do not fit this Linear")),
+        (nn.Linear(3, 3), ("conv.bias is not in the network; conv.weight is not in", "do not fit this Linear")),
         (nn.Sequential(), ("not in the network",))]
     for wrong, words in misfits:
         before = copy.deepcopy(wrong.state_dict())
