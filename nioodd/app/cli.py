@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from ..core.errors import NiooddError, unknown
-from ..core.options import field_docs, settings, with_values
+from ..core.options import field_docs, names_in, settings, with_values
 from ..inversion.config import PRESETS, Config, preset, stored_config
 
 # %% ../../nbs/app/02_cli.ipynb #eb09b78c
@@ -347,7 +347,7 @@ def _trust_compare(a: argparse.Namespace) -> int:
     for name in ("data", "ood", "images", "pool", "shares", "changes"):
         value = getattr(a, name)
         if value is not None: words += [f"--{name}", str(value)]
-    result = compare(a.detector, a.data, tuple(a.ood.split(",")), a.out, options, root=a.root,
+    result = compare(a.detector, a.data, names_in(a.ood), a.out, options, root=a.root,
                      details=dict(command=shlex.join(words)))
     print(format_comparison(result), f"\n\nfile      {a.out}")
     return 0
@@ -557,7 +557,7 @@ def _bench_ood(a: argparse.Namespace) -> int:
     "Runs what is missing; prints a scoreboard per network."
     seeds = list(_numbers("--seeds", a.seeds))
     from nioodd.benchmark.scoreboard import cells, compare_all, plan, run_cells
-    networks, detectors = (text and text.split(",") for text in (a.networks, a.detectors))
+    networks, detectors = (text and names_in(text) for text in (a.networks, a.detectors))
     todo = cells(a.table, networks, seeds, detectors)
     _check_names(a, {c.detector for c in todo})
     if a.dry_run:

@@ -22,9 +22,16 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .recipes import RECIPES, load_classifier, read_recipe, recipe_data, train_classifier
+from nioodd.benchmark.recipes import (
+    PAPER_NETWORKS,
+    RECIPES,
+    load_classifier,
+    read_recipe,
+    recipe_data,
+    train_classifier,
+)
 from .stress import SEVERITIES, corrupted, fgsm, gaussian_images
-from ..core.datasets import available, evenly, load
+from ..core.datasets import KNOWN_CLASSES, SOURCES, available, evenly, known_and_unknown, load, source_name
 from ..core.detector import Detector
 from ..core.errors import NiooddError, unknown
 from ..core.files import commit, load_tensors, save_tensors, write_atomic
@@ -49,8 +56,18 @@ _PAPER2 = dict(C1=("fashion_mnist", "cifar10", "cmaterdb", "cmaterdb-inverted", 
                C2=_CIFAR, C3=_CIFAR, C4=("cifar10", "cmaterdb", "gaussian-like", "gaussian"), C5=_CIFAR)
 _VALIDATION = ("letters", "photos", *(f"outliers:{family}" for family in FAMILIES if family != "gaussian"))
 
+def _near_sets() -> dict[str, tuple[str, ...]]:
+    "Unknown classes of the same kind: CIFAR-100, and four classes of ten."
+    near = {network: ("cifar100",) for network in ("C2", "C3", "C5", "R18")}
+    for name in ("mnist", "fashion_mnist", "cifar10"):
+        for i in range(len(KNOWN_CLASSES)): near[f"{name}-split{i}"] = (known_and_unknown(name, i)[1],)
+    return near
+
+_NEAR = _near_sets()
+
 TABLES: dict[str, dict[str, tuple[str, ...]]] = dict( # Table → network → unknown sets
-    paper2=_PAPER2, stress={c: _stress_sets(c) for c in RECIPES}, validation={c: _VALIDATION for c in RECIPES})
+    paper2=_PAPER2, stress={c: _stress_sets(c) for c in PAPER_NETWORKS},
+    validation={c: _VALIDATION for c in PAPER_NETWORKS}, near=_NEAR)
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #5eabb6b8
 def unknown_set(
@@ -60,6 +77,7 @@ def unknown_set(
 ) -> Tensor: # uint8 [N, C, H, W], for fgsm float32 in [−1, 1]
     """The images of a set, as large as the network's; of more than n, n evenly spread.
 
+    Of a set that classifiers are trained on it is the test part, else all of it.
     Made are gaussian-like, gaussian-noise:1…5, speckle-noise:1…5, fgsm:ε and outliers:FAMILY.
     Raises `NiooddError` for a name or severity there is none of."""
     test, train = network.test.images, network.problem.train
@@ -71,7 +89,9 @@ def unknown_set(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0) # The CPU's only
             return outliers((value,), min(n, 3000), train.images)
-    loaded = load(name, "all", root=network.root, size=test.shape[-1], channels=test.shape[1])
+    plain = source_name(name)
+    split = "test" if plain in SOURCES and SOURCES[plain].kind == "ID" else "all"
+    loaded = load(name, split, root=network.root, size=test.shape[-1], channels=test.shape[1])
     network.found_as[name] = loaded.name
     return evenly(loaded, n).images
 
@@ -334,7 +354,7 @@ def _data_sets(cell: Cell, models: str | os.PathLike) -> set[str]:
     "The sets that a cell reads: its own, and what its network was, or would be, trained on."
     path = Path(models) / _run_name(cell.network, cell.seed) / "model.json"
     known = read_recipe(path.parent).data if path.is_file() else RECIPES[cell.network].data
-    return {cell.ood.removesuffix("-inverted"), known.removesuffix("-inverted")}
+    return {source_name(cell.ood), source_name(known)}
 
 def absent(
     todo: list[Cell],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'NETWORKS', 'checked_shape', 'Architecture', 'named_architecture', 'block', 'Classifier',
            'n_parameters', 'forward_flops', 'he_initialise', 'ShallowCNN', 'VGG16', 'conv_norm', 'Residual', 'ResNet20',
-           'BlockCNN', 'DenseLayer', 'DenseNet100', 'architecture']
+           'ProjectedResidual', 'ResNet18', 'BlockCNN', 'DenseLayer', 'DenseNet100', 'architecture']
 
 # %% ../../nbs/core/07_models.ipynb #1b25e006
 import inspect
@@ -248,6 +248,31 @@ class ResNet20(Architecture):
             c = width
         self.body = nn.Sequential(conv_norm(channels, 16), nn.ReLU(), *blocks,
                                   nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, n_outputs))
+        he_initialise(self.body[:-1])
+
+# %% ../../nbs/core/07_models.ipynb #f5ccfc6e
+class ProjectedResidual(Residual):
+    "A `Residual` whose shortcut is a 1×1 convolution with batch norm where the shape changes."
+    def __init__(self, c_in: int, c_out: int, stride: int):
+        super().__init__(c_in, c_out, stride)
+        same = stride == 1 and c_in == c_out
+        self.projection = nn.Identity() if same else nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def shortcut(self, x: Tensor) -> Tensor: return self.projection(x)
+
+# %% ../../nbs/core/07_models.ipynb #998c0f0d
+@named_architecture("R18")
+class ResNet18(Architecture):
+    "ResNet-18 for small images, as OpenOOD has it: 3×3 first convolution, no pooling after it. He et al. (2016)."
+    def __init__(self, n_outputs: int = 10, channels: int = 3, size: int = 32):
+        super().__init__(n_outputs, channels, size)
+        blocks, c = [], 64
+        for width in (64, 64, 128, 128, 256, 256, 512, 512):
+            blocks.append(ProjectedResidual(c, width, stride=1 if width == c else 2))
+            c = width
+        self.body = nn.Sequential(conv_norm(channels, 64), nn.ReLU(), *blocks,
+                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, n_outputs))
         he_initialise(self.body[:-1])
 
 # %% ../../nbs/core/07_models.ipynb #e6c9b28b
