@@ -8,10 +8,9 @@ __all__ = ['GarbageDetector']
 # %% ../../nbs/inversion/04_detector.ipynb #7fda242d
 from typing import Any
 
-import pytorch_ood.api
 from torch import Tensor, nn
 
-from ..core.detector import Detector
+from ..core.detector import Detector, ood_api
 from ..core.errors import NiooddError
 from ..core.models import Classifier
 from ..core.registry import patch
@@ -23,7 +22,7 @@ class GarbageDetector(Detector):
 
     `predict` takes images [B, C, H, W], `predict_logits` logits [B, n+1]. Raises `NiooddError` for a
     network with other than n+1 outputs."""
-    info = pytorch_ood.api.DetectorInfo(tasks={pytorch_ood.api.Task.CLASSIFICATION})
+    info = ood_api.DetectorInfo(tasks={ood_api.Task.CLASSIFICATION})
 
     def __init__(self,
         model: nn.Module, # Images → logits [B, n+1]

@@ -11,13 +11,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import pytorch_ood.api
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..core.datasets import Problem
-from ..core.detector import Detector
+from ..core.detector import Detector, ood_api
 from ..core.errors import NiooddError
 from ..core.forward import as_input, call_network, logits_of
 from ..core.options import check_options, option
@@ -42,7 +41,7 @@ class TrustIntervalDetector(Detector):
     """Score: how much siblings disagree that are drawn from intervals around the weights, float64.
 
     A measure of `nioodd.trust.agreement` (paper 2, §2.3)."""
-    info = pytorch_ood.api.DetectorInfo(tasks={pytorch_ood.api.Task.CLASSIFICATION})
+    info = ood_api.DetectorInfo(tasks={ood_api.Task.CLASSIFICATION})
 
     def __init__(self,
         model: nn.Module, # Images → logits [B, K]
