@@ -12,10 +12,18 @@ import pytest
 import torch
 from PIL import Image
 from processes import forkserver, run_training
+from safetensors.torch import load_file
 
 from nioodd.benchmark import recipes
-from nioodd.benchmark.recipes import RECIPES, Recipe, load_classifier, recipe_data, train_classifier
-from nioodd.core.datasets import load
+from nioodd.benchmark.recipes import (
+    PAPER_NETWORKS,
+    RECIPES,
+    Recipe,
+    load_classifier,
+    recipe_data,
+    train_classifier,
+)
+from nioodd.core.datasets import known_and_unknown, load
 from nioodd.core.errors import NiooddError
 from nioodd.core.files import load_tensors, save_tensors
 from nioodd.core.forward import logits_of
@@ -68,8 +76,34 @@ def test_the_papers_recipes():
         C3=("C3", "cifar10", 91.68),
         C4=("C4", "svhn", 95.93),
         C5=("C5", "cifar10", 93.51))
-    assert {k: (r.architecture, r.data, round(100 * r.accuracy, 2)) for k, r in RECIPES.items()} == table
-    assert all(r.validation_images == 5000 and r.flip == (r.data == "cifar10") for r in RECIPES.values())
+    papers = {k: RECIPES[k] for k in PAPER_NETWORKS}
+    assert {k: (r.architecture, r.data, round(100 * r.accuracy, 2)) for k, r in papers.items()} == table
+    assert all(r.validation_images == 5000 for r in papers.values())
+    assert all(r.flip == r.data.startswith("cifar10") for r in RECIPES.values())
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+def test_recipes_of_six_classes(name):
+    "Five splits of each set; the recipe knows six classes, `known_and_unknown` has the other four."
+    for i in range(5):
+        known, unknown = known_and_unknown(name, i)
+        assert RECIPES[f"{name}-split{i}"].data == known and unknown.startswith(f"{name}[not ")
+
+
+def test_half_precision(tmp_path):
+    "What is judged is what lies in the file; batch norm's statistics are not rounded."
+    recipe = dataclasses.replace(RECIPES["C3"], data="digits5k", epochs=1, train_images=300, validation_images=100)
+    half = train_classifier(recipe, tmp_path / "half", progress=False)
+    full = train_classifier(dataclasses.replace(recipe, kept_as="float32"), tmp_path / "full", progress=False)
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    kinds = {name.rpartition(".")[2]: str(t.dtype) for name, t in tensors.items()}
+    assert kinds["weight"] == kinds["bias"] == "torch.float16" and kinds["running_var"] == "torch.float32"
+    (judged, _), (exact, _) = (load_classifier(tmp_path / name) for name in ("half", "full"))
+    for a, b in zip(judged.state_dict().values(), exact.state_dict().values()):
+        assert a.dtype == b.dtype and torch.allclose(a.float(), b.float(), rtol=1e-3, atol=1e-6)
+    test = recipe_data(recipe).test
+    accuracy = (logits_of(judged, test.images).argmax(1) == test.labels).double().mean().item()
+    assert half["accuracy"]["test"] == pytest.approx(accuracy) and full["recipe"]["kept_as"] == "float32"
 
 
 @pytest.mark.parametrize("values, says", [

@@ -9,7 +9,7 @@ from fake_sets import write_cifar, write_svhn
 
 from nioodd.app.cli import main
 from nioodd.benchmark import scoreboard as board
-from nioodd.benchmark.recipes import RECIPES, load_classifier, train_classifier
+from nioodd.benchmark.recipes import PAPER_NETWORKS, RECIPES, load_classifier, train_classifier
 from nioodd.benchmark.scoreboard import (
     DETECTORS,
     PAPER2,
@@ -29,6 +29,7 @@ from nioodd.benchmark.scoreboard import (
     scoreboard,
     summarise,
 )
+from nioodd.core.datasets import source_name
 from nioodd.core.errors import NiooddError
 from nioodd.core.files import load_tensors
 from nioodd.core.metrics import ood_metrics
@@ -208,8 +209,10 @@ def test_svhn_and_cifar100_rows_run_when_the_root_has_them(tmp_path, monkeypatch
 
 def test_every_table_names_sets_there_are(tmp_path, models):
     network = TrainedNetwork(models / "C1-seed0", tmp_path, images=20)
-    for table in TABLES.values():
-        assert table.keys() == RECIPES.keys()
+    for table in TABLES.values(): assert set(table) <= set(RECIPES)
+    for name in ("paper2", "stress", "validation"): assert tuple(TABLES[name]) == PAPER_NETWORKS
+    sets = {source_name(ood) for ood, *_ in TABLES["near"].values()}
+    assert sets == {"mnist", "fashion_mnist", "cifar10", "cifar100"} and len(TABLES["near"]) == 4 + 3 * 5
     for ood in {o for t in ("stress", "validation") for o in TABLES[t]["C1"]} | {"gaussian", "gaussian-like"}:
         x = network.images(ood)
         dtype = torch.float32 if ood.startswith("fgsm") else torch.uint8

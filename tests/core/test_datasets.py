@@ -24,6 +24,7 @@ from fake_sets import (
     write_mnist,
     write_svhn,
 )
+from PIL import Image
 
 from nioodd.core import datasets as data
 from nioodd.core.datasets import (
@@ -32,6 +33,7 @@ from nioodd.core.datasets import (
     data_root,
     data_set,
     files_under,
+    known_and_unknown,
     load,
     load_problem,
     noise,
@@ -178,9 +180,10 @@ def test_idx_cut_short(tmp_path):
     refused(load, "mnist", root=tmp_path, says=words)
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar10-jpeg", "cifar100", "svhn", "cmaterdb"])
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar10-jpeg", "cifar10-files", "cifar100",
+                                  "cifar100-files", "svhn", "cmaterdb"])
 def test_missing_root_and_missing_set(tmp_path, name):
-    help_with = "git clone" if name == "cifar10-jpeg" else "download=True"
+    help_with = "git clone" if "-" in name else "download=True"
     nowhere = tmp_path / "nowhere"
     refused(load, name, root=nowhere, says=["there is no folder", str(nowhere), help_with, "nioodd data"])
     refused(load, name, root=tmp_path, says=[f"{name} is not here", str(tmp_path), help_with])
@@ -295,6 +298,82 @@ def test_cifar10_jpeg_damage(tmp_path):
     refused(load, "cifar10", root=other, says=[str(archive), "cannot be unpacked"])
     with tarfile.open(archive, "w:xz") as tar: tar.add(__file__, "readme.txt")
     refused(load, "cifar10", root=other, says=[str(archive), "no images"])
+
+
+# ---- CIFAR as image files of any coding
+
+def write_files(folder, suffix, **options):
+    "As `write_jpegs`, in another format."
+    for jpeg in sorted(write_jpegs(folder).rglob("*.jpg")):
+        with Image.open(jpeg) as image: image.save(jpeg.with_suffix(suffix), **options)
+        if suffix != ".jpg": jpeg.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("suffix, options, form", [
+    (".png", {}, "files"), (".webp", dict(lossless=True), "files"), (".bmp", {}, "files"),
+    (".webp", dict(quality=80), "jpeg"), (".jpg", {}, "jpeg")])
+@pytest.mark.parametrize("where", ["cifar10", "cifar10-png", "archive"])
+def test_the_coding_decides_on_the_name(tmp_path, suffix, options, form, where):
+    root = tmp_path / "root"
+    folder = write_files(tmp_path / "any" if where == "archive" else root / where, suffix, **options)
+    if where == "archive":
+        root.mkdir()
+        with tarfile.open(root / "cifar10-any.tar.gz", "w:gz") as tar: tar.add(folder, "some/where")
+    s = load("cifar10", "test", root=root)
+    assert s.name == f"cifar10-{form}" and torch.bincount(s.labels).tolist() == [2] * 10
+    assert ((s.images[:, 0, 8, 8].int() - 20 * s.labels).abs() <= 4).all()
+    other = dict(files="jpeg", jpeg="files")[form]
+    refused(load, f"cifar10-{other}", "test", root=root, says=[f"cifar10-{other} is not here"])
+    assert {r.name for r in available(root) if r.found} >= {"cifar10", f"cifar10-{form}"}
+
+
+def test_lossless_files_come_before_jpeg(tmp_path):
+    write_jpegs(tmp_path / "cifar10-a")
+    write_files(tmp_path / "cifar10-b", ".png")
+    assert load("cifar10", "test", root=tmp_path).name == "cifar10-files"
+    assert load("cifar10-jpeg", "test", root=tmp_path).name == "cifar10-jpeg"
+
+
+def test_cifar100_of_a_test_set_only(tmp_path):
+    for k, c in enumerate(("apple", "bus", "worm")): picture(tmp_path / f"cifar100/test/{c}/1.png", 9 * k, (32, 32, 3))
+    s = load("cifar100", "test", root=tmp_path)
+    assert s.name == "cifar100-files" and len(s.classes) == 100
+    assert sorted(s.classes[i] for i in s.labels) == ["apple", "bus", "worm"]
+    refused(load, "cifar100", "train", root=tmp_path, says=["cifar100-files is not here", "train/CLASS"])
+
+
+# ---- some classes of a set
+
+def test_classes_by_number_and_by_name(tmp_path):
+    write_jpegs(tmp_path / "cifar10")
+    s = load("cifar10[8,cat]", "train", root=tmp_path)
+    assert s.name == "cifar10-jpeg[8,3]" and s.classes == ["ship", "cat"] and s.labels.bincount().tolist() == [3, 3]
+    assert (s.images[s.labels == 0][:, 0, 0, 0] >= 155).all()
+    rest = load("cifar10[not ship,3]-inverted", "all", root=tmp_path, size=28, channels=1)
+    assert rest.name == "cifar10-jpeg[not 8,3]-inverted" and len(rest.classes) == 8 and len(rest) == 40
+    assert torch.equal(load("cifar10[0,1]", root=tmp_path, n=2).images, load("cifar10[0,1]", root=tmp_path).images[:2])
+    assert load(s.name, root=tmp_path).name == s.name
+
+
+def test_classes_of_a_folder_whose_name_has_brackets(tmp_path):
+    for c in "ab": picture(tmp_path / f"pictures[1]/{c}/1.png", 9, (8, 8))
+    assert load(f"folder:{tmp_path}/pictures[1]").classes == ["a", "b"]
+    assert load(f"folder:{tmp_path}/pictures[1][b]").classes == ["b"]
+
+
+@pytest.mark.parametrize("name, says", [
+    ("digits5k[10]", ["class of digits5k", "10"]), ("digits5k[x]", ["'x'"]), ("digits5k[0,0]", ["each once"]),
+    ("digits5k[not 0,1,2,3,4,5,6,7,8,9]", ["at least one"]), ("uniform[0]", ["has no classes"]),
+    ("digits5k[]", ["image set"]), ("digits5k[-1]", ["'-1'"])])
+def test_classes_that_cannot_be_meant(name, says): refused(load, name, "test", says=says)
+
+
+def test_known_and_unknown_classes_are_all_classes():
+    for i in range(5):
+        known, unknown = (load(name, "test") for name in known_and_unknown("digits5k", i))
+        assert sorted(known.classes + unknown.classes) == list("0123456789") and len(known.classes) == 6
+    refused(known_and_unknown, "mnist", 5, says=["no split 5"])
 
 
 # ---- CMATERdb
