@@ -17,12 +17,14 @@ from nioodd.core.models import ARCHITECTURES, Classifier
 from nioodd.core.scores import energy
 from nioodd.inversion.detector import GarbageDetector
 from nioodd.posthoc.layerwise import (
+    BETWEEN,
     Bank,
     LayerwiseDetector,
     Surprise,
     directions,
     layer_scores,
     listening_posts,
+    prototype_classes,
     prototypes,
     read_directions,
     subspace,
@@ -54,6 +56,14 @@ def detector(network):
     return LayerwiseDetector(network, classes=["a", "b", "c"], n_known=3).fit(images(200), images(200, seed=1))
 
 
+@pytest.fixture
+def sorter(network):
+    "A detector of a network that names all its classes."
+    features = network.features(to_input(images(200))).mean(0)
+    with torch.no_grad(): network.head.bias.copy_(-network.head.weight @ features)
+    return LayerwiseDetector(network).fit(images(200), images(200, seed=1))
+
+
 def linear_only():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4))
 
@@ -70,7 +80,8 @@ def with_garbage(): return Classifier(4, size=8)
 
 NETWORKS = {name: (create, None) for name, create in ARCHITECTURES.items()}  # Name → how it is made, known classes
 NETWORKS |= {"garbage": (with_garbage, 3), "linear": (linear_only, None), "resnet18": (resnet18, None)}
-VERDICT = dict(label=torch.int64, uncertainty=torch.float64, p_value=torch.float64, score=torch.float64, ood=torch.bool)
+VERDICT = dict(label=torch.int64, uncertainty=torch.float64, p_value=torch.float64, score=torch.float64, ood=torch.bool,
+               early=torch.float64)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -81,7 +92,8 @@ def test_any_network_learns_judges_and_comes_back_from_its_files(name, tmp_path)
     shape = (a["channels"], a["size"], a["size"])
     d = LayerwiseDetector(net, n_known=n_known).fit(images(24, shape=shape), images(80, seed=1, shape=shape),
                                                     dimensions=16)
-    assert len(d.banks) >= 2 and set(d.surprise) == {"energy", *d.banks}
+    gaps = {name + BETWEEN for name, bank in d.banks.items() if bank.classes is not None}
+    assert len(d.banks) >= 2 and set(d.surprise) == {"energy", *d.banks, *gaps} and set(d.sums) == {"late", "whole"}
     x = images(5, seed=2, shape=shape)
     v = d.verdict(x)
     assert {k: t.dtype for k, t in v.items()} == VERDICT
@@ -221,6 +233,80 @@ def test_unknown_images_have_small_p(detector):
     assert detector.is_ood(images(300, seed=4)).double().mean() < 0.2
 
 
+# Late and early evidence
+
+def test_the_gap_written_out():
+    u = nn.functional.normalize(torch.rand(300, 12, generator=torch.Generator().manual_seed(0)), dim=1)
+    classes = torch.arange(40) % 3
+    bank = Bank(torch.eye(12).double(), u[:40], classes)
+    scores = bank.scores(u[40:])
+    assert torch.equal(scores[""], bank(u[40:])) and torch.equal(scores[""], Bank(bank.basis, bank.known)(u[40:]))
+    for row, gap in zip(u[40:80].double(), scores[BETWEEN]):
+        products = u[:40].double() @ row
+        others = products[classes != classes[products.argmax()]]
+        assert gap.item() == pytest.approx(-(products.max() - others.max()).item(), abs=1e-6) and gap <= 1e-12
+
+
+def test_prototypes_have_the_class_of_most_of_their_images():
+    x = nn.functional.normalize(torch.tensor([[1., 0], [1, .1], [1, -.1], [0, 1], [.1, 1], [-1, 0]]), dim=1)
+    known = torch.tensor([[1., 0], [0, 1], [0, -1]])
+    assert prototype_classes(x, known, torch.tensor([2, 2, 1, 1, 1, 0])).tolist() == [2, 1, 0]
+
+
+def test_the_score_written_out(sorter):
+    "Late evidence always counts; all of it beyond 3, and single maps beyond 5."
+    detector, x = sorter, torch.cat([images(40, seed=5), images(40, 0, 40, seed=3)])
+    parts = detector.evidence(x)[1]
+    maps = [name for name in parts if name.endswith((" where", " what"))]
+    gaps = [name for name in parts if name.endswith(BETWEEN)]
+    assert len(maps) >= 2 and set(gaps) == {name + BETWEEN for name in maps[-2:]}
+    late = detector.sums["late"](sum(s for name, s in parts.items() if name not in maps))
+    whole = detector.sums["whole"](sum(s for name, s in parts.items() if name not in gaps))
+    early = 2 * (whole - 3).clamp(min=0) + sum((parts[name] - 5).clamp(min=0) for name in maps)
+    torch.testing.assert_close(detector.predict(x), late + early)
+    verdict = detector.verdict(x)
+    torch.testing.assert_close(verdict["early"], early / (late + early).clamp(min=1e-300))
+    assert ((verdict["early"] >= 0) & (verdict["early"] <= 1)).all()
+    assert verdict["early"][40:].mean() > verdict["early"][:40].mean()
+
+
+def test_noise_in_early_layers_says_nothing_of_known_images(network):
+    "Whatever maps say of most known images, the score does not change."
+    d = LayerwiseDetector(network).fit(images(200), images(400, seed=1))
+    x = images(300, seed=4)
+    parts = d.evidence(x)[1]
+    score, early = d.combine(parts)
+    quiet = early == 0
+    assert quiet.double().mean() > 0.8
+    without = {name: s if name.endswith(BETWEEN) or not name.endswith((" where", " what")) else 0 * s
+               for name, s in parts.items()}
+    assert torch.equal(d.combine(without)[0][quiet], score[quiet])
+
+
+def test_a_detector_of_before_adds_all_parts(sorter, tmp_path):
+    "A folder without gaps and sums, as earlier versions saved it."
+    detector, x = sorter, images(50, seed=5)
+    description, tensors = read_detector(detector.save(tmp_path))
+    kept = {k: t for k, t in tensors.items() if BETWEEN not in k and not k.startswith(("learnt.sum", "learnt.classes"))}
+    write_detector(tmp_path, {k: v for k, v in description.items() if k not in ("format", "nioodd", "sha256")}, kept)
+    old = LayerwiseDetector.load(tmp_path)
+    parts = {name: s for name, s in detector.evidence(x)[1].items() if not name.endswith(BETWEEN)}
+    assert torch.equal(old.predict(x), sum(parts.values())) and list(old.evidence(x)[1]) == list(parts)
+    assert old.verdict(x)["early"].max() <= 1
+
+
+@pytest.mark.parametrize("name, bad", [
+    ("learnt.sum.late", torch.tensor([1., 0]).double()), ("learnt.classes.", torch.zeros(200).int()),
+    ("learnt.classes.", torch.zeros(3).int())])
+def test_damaged_sums_and_classes(sorter, tmp_path, name, bad):
+    description, tensors = read_detector(sorter.save(tmp_path))
+    damaged = next(k for k in tensors if k.startswith(name))
+    write_detector(tmp_path, {k: v for k, v in description.items() if k not in ("format", "nioodd", "sha256")},
+                   tensors | {damaged: bad})
+    with pytest.raises(NiooddError, match="expected .*save") as e: Detector.load(tmp_path)
+    assert "\n" not in str(e.value)
+
+
 # How it is fed
 
 def test_tensors_loaders_and_floats_give_the_same_detector(network):
@@ -354,7 +440,7 @@ def test_the_folder_alone_says_which_class(detector, tmp_path, not_imported):
 
 @pytest.mark.parametrize("lost", [
     ["learnt.bank.head"], ["learnt.basis.head"], ["learnt.known.004.head"], ["learnt.known.000.energy"],
-    ["calibration"],
+    ["calibration"], ["learnt.sum.late"],
     ["learnt.bank.head", "learnt.basis.head"], ["learnt.bank.head", "learnt.known.004.head"]])
 def test_a_file_without_one_of_its_parts(detector, tmp_path, lost):
     description, tensors = read_detector(detector.save(tmp_path))
