@@ -40,7 +40,7 @@ from ..core.metrics import HIGHER_IS_BETTER, METRICS, ood_metrics, paired_bootst
 from ..core.registry import Registry, patch
 from ..inversion.outliers import FAMILIES, outliers
 from ..posthoc.baselines import BASELINES, FitData, ensemble_score
-from ..posthoc.layerwise import LayerwiseDetector
+from ..posthoc.layerwise import LayerwiseDetector, whole_sum
 from ..posthoc.outputs import Outputs, fingerprint, kept_outputs, network_fingerprint
 from ..trust.detector import TrustIntervalDetector, TrustOptions, fit_problem
 from ..trust.intervals import strength, uniform_sigma
@@ -127,6 +127,9 @@ class TrainedNetwork:
     def fit_data(self) -> FitData: return _fit_data(self) # What baselines learn from
 
     @cached_property
+    def layerwise(self) -> LayerwiseDetector: return _fitted_layerwise(self)
+
+    @cached_property
     def intervals(self) -> TrustIntervalDetector: return _intervals(self) # Learnt once, and kept
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #fb262763
@@ -162,6 +165,12 @@ def _fit_data(network: TrainedNetwork) -> FitData:
     return FitData(network.model, network.kept(train.images), train.labels, train.images,
                    network.kept(held_out.images), held_out.images, held_out.labels, network.info["seed"])
 
+def _fitted_layerwise(network: TrainedNetwork) -> LayerwiseDetector:
+    "The layerwise detector; the seed is the network's."
+    return LayerwiseDetector(network.model).fit(
+        network.problem.train.images, network.fit_data.held_out_images,
+        seed=network.info["seed"], progress=network.progress)
+
 def _intervals(network: TrainedNetwork) -> TrustIntervalDetector:
     "Trust intervals, learnt if they were not yet. A run that was killed goes on from its checkpoint."
     folder = network.work / "trust" / f"{network.folder.name}-{network.weights}"
@@ -184,11 +193,12 @@ def _scores_of(detector: Detector, network: TrainedNetwork) -> ScoresOf:
     return scores
 
 @DETECTORS.register("layerwise")
-def _layerwise(network: TrainedNetwork) -> ScoresOf:
-    d = LayerwiseDetector(network.model)
-    d.fit(network.problem.train.images, network.fit_data.held_out_images, seed=network.info["seed"],
-          progress=network.progress)
-    return _scores_of(d, network)
+def _layerwise(network: TrainedNetwork) -> ScoresOf: return _scores_of(network.layerwise, network)
+
+@DETECTORS.register("layerwise_sum")
+def _layerwise_sum(network: TrainedNetwork) -> ScoresOf: # Early layers count as much as late ones
+    def scores(name: str) -> Tensor: return whole_sum(network.layerwise.evidence(network.images(name))[1])
+    return scores
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #aa26beb3
 def _pnn(name: str, measure: str, n: int, untrained: bool = False) -> None:
