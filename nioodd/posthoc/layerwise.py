@@ -308,7 +308,7 @@ def verdict(self: LayerwiseDetector, x: Tensor) -> dict[str, Tensor]: # x [B, C,
     "As `Detector.verdict`, and `early`: the share of the score that early layers give, float64 [B] in [0, 1]."
     logits, surprises = self.evidence(x)
     score, early = self.combine(surprises)
-    return self.verdict_of(logits, score) | dict(early=early / score.clamp_min(torch.finfo(score.dtype).tiny))
+    return self.verdict_of(logits, score) | dict(early=early / score.clamp_min(1e-9))
 
 # %% ../../nbs/posthoc/02_layerwise.ipynb #0e2bb09b
 SUBSPACE_IMAGES = 5000 # At most so many images decide on the subspaces
