@@ -306,9 +306,20 @@ def combine(self: LayerwiseDetector,
 @patch
 def verdict(self: LayerwiseDetector, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
     "As `Detector.verdict`, and `early`: the share of the score that early layers give, float64 [B] in [0, 1]."
+    return self._logits_and_verdict(x)[1]
+
+@patch
+def explain(self: LayerwiseDetector, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
+    "As `Detector.explain`, and `early`, as in `verdict`."
+    logits, verdict = self._logits_and_verdict(x)
+    return self.details_of(logits) | verdict
+
+@patch
+def _logits_and_verdict(self: LayerwiseDetector, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    "From one pass."
     logits, surprises = self.evidence(x)
     score, early = self.combine(surprises)
-    return self.verdict_of(logits, score) | dict(early=early / score.clamp_min(1e-9))
+    return logits, self.verdict_of(logits, score) | dict(early=early / score.clamp_min(1e-9))
 
 # %% ../../nbs/posthoc/02_layerwise.ipynb #0e2bb09b
 SUBSPACE_IMAGES = 5000 # At most so many images decide on the subspaces
