@@ -10,6 +10,7 @@ import torch
 from nioodd.core import files
 
 matplotlib.use("Agg")
+files.check_schema({}, {}, "nothing")  # before nbformat imports jsonschema, with a grammar that takes seconds to build
 torch.set_num_threads(1)  # the tests' tensors are tiny: two threads are no faster, and on a busy machine far slower
 
 

@@ -24,11 +24,15 @@ import shutil
 import socket
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -162,14 +166,23 @@ def parse_json(
     try: return json.loads(text, **kinds)
     except RecursionError: raise ValueError("it is nested too deeply") from None
 
+# %% ../../nbs/core/10_files.ipynb #5a7c0e1d
+def _jsonschema() -> ModuleType:
+    "The package; the grammar that it builds for web addresses waits until somebody asks for it."
+    grammar = "rfc3987_syntax"
+    if {grammar, "jsonschema"} & sys.modules.keys() or not find_spec(grammar): return import_module("jsonschema")
+    stand_in = sys.modules[grammar] = ModuleType(grammar)
+    stand_in.is_valid_syntax = lambda *words: import_module(grammar).is_valid_syntax(*words)
+    try: return import_module("jsonschema")
+    finally: del sys.modules[grammar]
+
 # %% ../../nbs/core/10_files.ipynb #3d9bc226
 MOST_JSON = 64e6 # Bytes
 
 def check_schema(value: Any, schema: dict, what: str) -> None:
     "Raise `NiooddError` unless `value` is as a JSON Schema says; `what` is what the error calls it."
-    from jsonschema import Draft202012Validator
-    from jsonschema.exceptions import best_match
-    error = best_match(Draft202012Validator(schema).iter_errors(value))
+    schemas = _jsonschema()
+    error = schemas.exceptions.best_match(schemas.Draft202012Validator(schema).iter_errors(value))
     if error is None: return
     place = ".".join(map(str, error.absolute_path))
     text = error.message if len(error.message) < 160 else f"{error.message[:80]} … {error.message[-70:]}"

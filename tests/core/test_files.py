@@ -1,7 +1,9 @@
 """Files that are whole, checkpoints, and folders in which a task begins or goes on."""
 import json
 import os
+import sys
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from nioodd.core.errors import NiooddError
 from nioodd.core.files import (
     ResumableFolder,
     check_empty,
+    check_schema,
     load_tensors,
     provenance,
     read_json_lines,
@@ -30,6 +33,19 @@ def fails(call, *words):
     with pytest.raises(NiooddError) as e: call()
     assert "\n" not in str(e.value)
     for word in words: assert word in str(e.value)
+
+
+def test_the_grammar_of_addresses_waits_until_it_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path/"rfc3987_syntax.py").write_text("def is_valid_syntax(rule, text): return (rule, text) == ('iri', 'good')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with patch.dict(sys.modules):
+        for name in [n for n in sys.modules if n.partition(".")[0] in ("jsonschema", "rfc3987_syntax")]:
+            del sys.modules[name]
+        check_schema(3, {"type": "integer"}, "it")
+        fails(lambda: check_schema("a", {"type": "integer"}, "it"), "it: 'a' is not of type 'integer'")
+        assert "rfc3987_syntax" not in sys.modules
+        conforms = sys.modules["jsonschema"].FormatChecker().conforms
+        assert conforms("good", "iri") and not conforms("bad", "iri") and "rfc3987_syntax" in sys.modules
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
