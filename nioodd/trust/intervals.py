@@ -654,7 +654,7 @@ def check_sigma_fits(
                           "expected TrustIntervals, or tensors by parameter name; "
                           "uniform_sigma(model) makes some")
     own, wrong = {k: list(p.shape) for k, p in parameters_of(model).items()}, []
-    for k, t in tensors.items():
+    for k, t in sorted(tensors.items()):
         shape = list(t.shape)
         if k not in own: wrong.append(f"{k} {shape} is not in the network")
         elif own[k] != shape: wrong.append(f"{k} is {shape} in the intervals, {own[k]} in the network")
