@@ -72,7 +72,7 @@ def test_pieces_make_up_the_network(name):
         assert_close(p.head(p.encoder(x)), net(x))
         assert p.backbone(x).shape == (2, p.head.in_features, 1, 1)
         assert_close(p.map_head(p.backbone(x)), net(x))
-    assert (p.before is None) == (name in ("C3", "C5"))
+    assert (p.before is None) == (name in ("C3", "C5", "R18"))
     if p.before is not None: assert_close(p.before(x).detach().flatten(1), network_outputs(net, x).before)
 
 
