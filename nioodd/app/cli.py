@@ -249,7 +249,9 @@ def _print_run(out: Path, info: dict, c: Config) -> None:
 @command("train",
     argument("recipe", metavar="RECIPE",
              help="C1 (shallow CNN, mnist), C2 (VGG-16, cifar10), C3 (ResNet-20, cifar10), "
-                  "C4 (three blocks, svhn), C5 (DenseNet-100, cifar10), or an architecture of your own"),
+                  "C4 (three blocks, svhn), C5 (DenseNet-100, cifar10), R18 (ResNet-18, cifar10), "
+                  "mnist-split0 … 4, fashion_mnist-split0 … 4, cifar10-split0 … 4 (six classes of ten), "
+                  "or an architecture of your own"),
     argument("--data", metavar="NAME", help="another in-distribution set"),
     argument("--out", metavar="FOLDER", help="default: runs/RECIPE-seedN"),
     argument("--seed", type=_seed, default=0, metavar="N", help="of the network and its training"),
@@ -535,7 +537,7 @@ def _report(a: argparse.Namespace) -> int:
 
 # %% ../../nbs/app/02_cli.ipynb #5ae563d9
 @command("bench ood",
-    argument("--table", default="paper2", metavar="NAME", help="paper2, stress or validation"),
+    argument("--table", default="paper2", metavar="NAME", help="near, paper2, stress or validation"),
     argument("--networks", metavar="C1,C3", help="networks of the table (default: all)"),
     argument("--cells", dest="networks"),
     argument("--seeds", default="0,1,2", metavar="0,1", help="seeds that the networks were trained with"),

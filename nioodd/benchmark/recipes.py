@@ -81,20 +81,20 @@ _CIFAR = dict(data="cifar10", optimiser="sgd", weight_decay=5e-4, shift=4, flip=
 
 RECIPES: dict[str, Recipe] = dict( # Paper 2, §4 and Table 1
     C1=Recipe("C1", "mnist", 0.9853, epochs=5),
-    C2=Recipe("C2", accuracy=0.9354, epochs=60, lr=0.05, kept_as="float16", **_CIFAR),
-    C3=Recipe("C3", accuracy=0.9168, epochs=150, lr=0.2, kept_as="float16", **_CIFAR),
+    C2=Recipe("C2", accuracy=0.9354, epochs=60, batch_size=500, lr=0.1, kept_as="float16", **_CIFAR),
+    C3=Recipe("C3", accuracy=0.9168, epochs=100, batch_size=500, lr=0.4, kept_as="float16", **_CIFAR),
     C4=Recipe("C4", "svhn", 0.9593, epochs=20, weight_decay=0.01, shift=2),
-    C5=Recipe("C5", accuracy=0.9351, epochs=60, lr=0.1, kept_as="float16", **_CIFAR))
+    C5=Recipe("C5", accuracy=0.9351, epochs=60, batch_size=64, lr=0.1, kept_as="float16", **_CIFAR))
 PAPER_NETWORKS = tuple(RECIPES)
 
 # %% ../../nbs/benchmark/00_recipes.ipynb #6c8e3a51
-RECIPES["R18"] = Recipe("R18", epochs=60, lr=0.1, kept_as="float16", **_CIFAR)
+RECIPES["R18"] = Recipe("R18", epochs=60, batch_size=500, lr=0.2, kept_as="float16", **_CIFAR)
 for _i in range(len(KNOWN_CLASSES)):
     _digits, _clothes, _photos = (known_and_unknown(name, _i)[0] for name in ("mnist", "fashion_mnist", "cifar10"))
     RECIPES[f"mnist-split{_i}"] = Recipe("C1", _digits, epochs=5, validation_images=3000)
     RECIPES[f"fashion_mnist-split{_i}"] = Recipe("C1", _clothes, epochs=10, validation_images=3000)
-    RECIPES[f"cifar10-split{_i}"] = Recipe("C3", epochs=100, lr=0.2, validation_images=3000, kept_as="float16",
-                                           **_CIFAR | dict(data=_photos))
+    RECIPES[f"cifar10-split{_i}"] = Recipe("C3", epochs=70, batch_size=500, lr=0.4, validation_images=3000,
+                                           kept_as="float16", **_CIFAR | dict(data=_photos))
 
 # %% ../../nbs/benchmark/00_recipes.ipynb #6c88fe56
 def find_recipe(name: str) -> Recipe:
