@@ -367,8 +367,10 @@ def prototype_classes(
     return votes.argmax(1)
 
 def _asked_for_gaps(names: Iterable[str]) -> set[str]:
-    "Of the names of banks, those of the last layer that reads a map."
+    "Of the names of banks, those of the last layer that reads a map, if only the output layer comes after it."
+    names = list(names)
     maps = [name for name in names if is_map(name)]
+    if not maps or len(names) - len(maps) > 1: return set()
     return {name for name in maps if name.partition(" ")[0] == maps[-1].partition(" ")[0]}
 
 # %% ../../nbs/posthoc/02_layerwise.ipynb #c7a24442
