@@ -439,10 +439,15 @@ def _cifar(name: str, kind: type, split: str, root: Path, download: bool) -> Ima
 _SPLIT_FOLDERS = ("test", "train")
 _ImageFiles = dict[tuple[str, str, str], Any] # (split, class, file name) → path, or a file in memory
 
+def _files_under(folder: Path) -> Iterator[Path]:
+    "The images of an unpacked folder one by one, sorted."
+    for split in _SPLIT_FOLDERS:
+        classes = image_files(folder / split) if (folder / split).is_dir() else []
+        for a_class in filter(Path.is_dir, classes): yield from image_files(a_class)
+
 def _files_in_folder(folder: Path) -> _ImageFiles:
     "The images of an unpacked folder, sorted."
-    parents = [p for split in _SPLIT_FOLDERS if (folder / split).is_dir() for p in image_files(folder / split)]
-    return {(p.parent.name, p.name, f.name): f for p in parents if p.is_dir() for f in image_files(p)}
+    return {file.parts[-3:]: file for file in _files_under(folder)}
 
 # %% ../../nbs/core/06_datasets.ipynb #76224974
 def _members(archive: Path) -> Iterator[tuple[tuple[str, ...], bytes]]:
@@ -472,9 +477,9 @@ def _is_lossy(head: bytes) -> bool: # The first 16 bytes of a file, or more
 def _head(place: Path) -> bytes:
     "The first bytes of the first image of a folder or an archive; empty without one."
     if place.is_file(): return next((content[:16] for _, content in _members(place)), b"")
-    for file in _files_in_folder(place).values():
-        with file.open("rb") as f: return f.read(16)
-    return b""
+    first = next(_files_under(place), None)
+    if first is None: return b""
+    with first.open("rb") as f: return f.read(16)
 
 # %% ../../nbs/core/06_datasets.ipynb #79afc919
 def _image_places(name: str, a_class: str, root: Path) -> list[Path]:
