@@ -207,7 +207,7 @@ def test_metadata(detectors, suffix, written):
         assert json.loads({p.key: p.value for p in model.metadata_props}["threshold"]) == e.threshold
         (given,) = model.graph.input
         outputs = [o.name for o in model.graph.output]
-        assert given.name == "images" and outputs == ["label", "uncertainty", "p_value", "score", "ood"]
+        assert given.name == "images" and outputs == ["label", "uncertainty", "p_value", "score", "ood", "early"]
         kind = given.type.tensor_type
         assert kind.elem_type == onnx.TensorProto.UINT8 and kind.shape.dim[0].dim_param
 
