@@ -259,8 +259,10 @@ def classes_of(
     classes: Sequence[int], # Wanted, without repetition
 ) -> ImageSet: # Labels 0 … len(classes) − 1, in the order of `classes`
     "The images of some classes. Raises `NiooddError` for none, or a class twice."
-    if not len(classes) or len(set(classes)) < len(classes):
-        raise NiooddError(f"classes {list(classes)} of {s.name}; expected at least one, and each once")
+    there = set(range(len(s.classes))) # None without labels
+    if not len(classes) or len(set(classes)) < len(classes) or not there.issuperset(classes):
+        raise NiooddError(f"classes {list(classes)} of {s.name}; "
+                          f"expected at least one of its {len(there)} classes, by number, and each once")
     new = torch.full((len(s.classes),), -1)
     new[torch.tensor(classes)] = torch.arange(len(classes))
     labels = new[s.labels]
@@ -282,7 +284,7 @@ def source_name(
     "The name of the set itself, without classes and `-inverted`."
     plain = name.removesuffix("-inverted")
     parts = _CLASSES.fullmatch(plain)
-    return parts[1] if parts else plain
+    return source_name(parts[1]) if parts else plain
 
 # %% ../../nbs/core/06_datasets.ipynb #0460db32
 def _exists(name: str) -> bool:
@@ -497,7 +499,7 @@ def _find_images(name: str, a_class: str, lossy: bool, root: Path) -> Path | Non
     return None
 
 # %% ../../nbs/core/06_datasets.ipynb #25faf739
-def _decode_split(name: str, place: Path, files: _ImageFiles, classes: list[str], split: str) -> dict[str, Tensor]:
+def _decode_split(place: Path, files: _ImageFiles, classes: list[str], split: str) -> dict[str, Tensor]:
     "One split: uint8 [N,3,32,32] and labels int64 [N]; without images none."
     keys = [k for k in files if k[0] == split]
     if not keys: return {}
@@ -511,7 +513,7 @@ def _decode_place(name: str, place: Path, classes: list[str]) -> dict[str, Tenso
     files = _files_in_folder(place) if place.is_dir() else _files_in_archive(place)
     files = {k: f for k, f in files.items() if k[1] in classes}
     tensors = {}
-    for split in _SPLIT_FOLDERS: tensors |= _decode_split(name, place, files, classes, split)
+    for split in _SPLIT_FOLDERS: tensors |= _decode_split(place, files, classes, split)
     if tensors: return tensors
     raise NiooddError(f"{place} has no images in {{train,test}}/CLASS with the classes of {name}; "
                       f"get it again: {SOURCES[name].how_to_get}")
@@ -828,7 +830,7 @@ def known_and_unknown(
     split: int, # Of `KNOWN_CLASSES`, 0 … 4
 ) -> tuple[str, str]: # Names for `load`: six known classes, four unknown ones
     "The 6/4 protocol. Raises `NiooddError` for a split that is not there."
-    if not 0 <= split < len(KNOWN_CLASSES):
+    if split not in range(len(KNOWN_CLASSES)):
         raise NiooddError(f"there is no split {split}; expected 0 … {len(KNOWN_CLASSES) - 1}")
     known = ",".join(map(str, KNOWN_CLASSES[split]))
     return f"{name}[{known}]", f"{name}[not {known}]"

@@ -9,7 +9,7 @@ __all__ = ['ARCHITECTURES', 'NETWORKS', 'checked_shape', 'Architecture', 'named_
 
 # %% ../../nbs/core/07_models.ipynb #1b25e006
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.fx
@@ -236,19 +236,25 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return F.relu(self.shortcut(x) + self.residual(x))
 
+# %% ../../nbs/core/07_models.ipynb #998c0f0d
+def _residual_body(channels: int, widths: Sequence[int], block: type[nn.Module], n_outputs: int) -> nn.Sequential:
+    "A convolution, a block of each width, the mean over positions, the output layer; wider blocks halve the side."
+    blocks, c = [], widths[0]
+    for width in widths:
+        blocks.append(block(c, width, stride=1 if width == c else 2))
+        c = width
+    body = nn.Sequential(conv_norm(channels, widths[0]), nn.ReLU(), *blocks,
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, n_outputs))
+    he_initialise(body[:-1])
+    return body
+
 # %% ../../nbs/core/07_models.ipynb #85485c75
 @named_architecture("C3")
 class ResNet20(Architecture):
     "C3 of paper 2, §4, for CIFAR-10: He et al. (2016), §4.2, n = 3, shortcuts without parameters."
     def __init__(self, n_outputs: int = 10, channels: int = 3, size: int = 32):
         super().__init__(n_outputs, channels, size)
-        blocks, c = [], 16
-        for width in (16, 16, 16, 32, 32, 32, 64, 64, 64):
-            blocks.append(Residual(c, width, stride=1 if width == c else 2))
-            c = width
-        self.body = nn.Sequential(conv_norm(channels, 16), nn.ReLU(), *blocks,
-                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, n_outputs))
-        he_initialise(self.body[:-1])
+        self.body = _residual_body(channels, [16] * 3 + [32] * 3 + [64] * 3, Residual, n_outputs)
 
 # %% ../../nbs/core/07_models.ipynb #f5ccfc6e
 class ProjectedResidual(Residual):
@@ -261,19 +267,14 @@ class ProjectedResidual(Residual):
 
     def shortcut(self, x: Tensor) -> Tensor: return self.projection(x)
 
-# %% ../../nbs/core/07_models.ipynb #998c0f0d
+# %% ../../nbs/core/07_models.ipynb #575a1958
 @named_architecture("R18")
 class ResNet18(Architecture):
     "ResNet-18 for small images, as OpenOOD has it: 3×3 first convolution, no pooling after it. He et al. (2016)."
     def __init__(self, n_outputs: int = 10, channels: int = 3, size: int = 32):
         super().__init__(n_outputs, channels, size)
-        blocks, c = [], 64
-        for width in (64, 64, 128, 128, 256, 256, 512, 512):
-            blocks.append(ProjectedResidual(c, width, stride=1 if width == c else 2))
-            c = width
-        self.body = nn.Sequential(conv_norm(channels, 64), nn.ReLU(), *blocks,
-                                  nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, n_outputs))
-        he_initialise(self.body[:-1])
+        widths = [64] * 2 + [128] * 2 + [256] * 2 + [512] * 2
+        self.body = _residual_body(channels, widths, ProjectedResidual, n_outputs)
 
 # %% ../../nbs/core/07_models.ipynb #e6c9b28b
 @named_architecture("C4")
