@@ -16,8 +16,9 @@ from nioodd.core.options import with_values
 from nioodd.inversion.config import Config
 from nioodd.inversion.loop import run
 
-forkserver = multiprocessing.get_context("forkserver")  # Its children begin with PyTorch loaded
-forkserver.set_forkserver_preload(["nioodd.benchmark.recipes", "nioodd.inversion.loop"])
+# Its children begin with PyTorch loaded, and with torch._dynamo, which an optimiser imports (seconds)
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["nioodd.benchmark.recipes", "nioodd.inversion.loop", "torch._dynamo"])
 
 TINY = ["rounds=3", "pretrain_epochs=1", "generator_steps=3", "samples=44", "eval_images=50",
         "ood_sets=squares", "size=12", "average=0.9", "pixel_images=20", "pixel_steps=2",

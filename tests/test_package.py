@@ -124,6 +124,8 @@ def test_help_is_quick_and_imports_no_torch(installed, tmp_path):
         seconds.append(user + system)
     for command in ["run", "score", "data", "report", "bench"]: assert command in done.stdout
     assert min(seconds) < 0.3, seconds
+    as_module = run(sys.executable, "-m", "nioodd", "--help", cwd=tmp_path, env=env)
+    assert as_module.stdout == done.stdout
     loaded = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); " + code.partition(";")[2]
     assert run(sys.executable, "-c", loaded, "--help", cwd=tmp_path, env=env).stdout.splitlines()[-1] == "False"
 
@@ -249,6 +251,7 @@ def one_call_each(loaded: dict) -> dict:
         "posthoc.baselines": ensemble,
         "posthoc.layerwise": layers,
         "posthoc.score_detector": lambda m: m.ScoreDetector(model, "energy").fit(held_out=images).verdict(images),
+        "posthoc.monitor": lambda m: m.Monitor(n=99).update_p(torch.full((3,), 0.01)),
         "benchmark.recipes": lambda m: m.recipe_data(m.Recipe(data="digits5k", validation_images=500)),
         "benchmark.stress": lambda m: m.corrupted(images, "gaussian", 1),
         "benchmark.scoreboard": lambda m: m.scoreboard([], "C1", sets=["letters"]),

@@ -1,37 +1,72 @@
 """Files that somebody else made: nothing in them runs, and whatever is in them ends in one line."""
 import io
 import json
+import math
 import os
 import struct
 import zipfile
 import zlib
+from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
+from fake_sets import grey, write_cmaterdb, write_idx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays, scalar_dtypes
 from PIL import Image
 
 from nioodd import GarbageDetector, LayerwiseDetector
 from nioodd.app.cli import main, printable
 from nioodd.app.export import Exported, export
-from nioodd.core.detector import Detector, read_detector, write_detector
+from nioodd.benchmark.recipes import Recipe, load_classifier, read_recipe
+from nioodd.benchmark.scoreboard import Cell, check_rows, missing, plan, read_rows, refusals, scoreboard
+from nioodd.core.datasets import load
+from nioodd.core.detector import Detector, describe_network, read_detector, write_detector
 from nioodd.core.errors import NiooddError
-from nioodd.core.files import load_tensors, parse_json, read_json_lines, save_tensors, with_prefix
-from nioodd.core.images import decode, read_images
+from nioodd.core.files import (
+    load_tensors,
+    parse_json,
+    read_json_lines,
+    save_signed,
+    save_tensors,
+    with_prefix,
+    write_json,
+    write_json_lines,
+)
+from nioodd.core.forward import logits_of
+from nioodd.core.images import decode, from_arrays, read_images
+from nioodd.core.metrics import METRICS
 from nioodd.core.models import Classifier
-from nioodd.core.options import with_values
-from nioodd.inversion.config import Config
+from nioodd.core.options import to_dict, with_values
+from nioodd.inversion.config import Config, stored_config
+from nioodd.inversion.invert import loss_weights
+from nioodd.inversion.loop import read_run
+from nioodd.inversion.report import before_after, format_table
+from nioodd.trust.detector import TrustOptions
 
 EXAMPLES = int(os.environ.get("NIOODD_FUZZ", 60)) # Of each reader; more by NIOODD_FUZZ=20000
 fuzz = settings(max_examples=EXAMPLES, deadline=None, derandomize="NIOODD_FUZZ" not in os.environ, database=None,
                 suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
-def one_line(call, *arguments):
+def one_line(call, *arguments, **options):
     "The call works, or raises a `NiooddError` of one line, and nothing else."
-    try: return call(*arguments)
+    try: return call(*arguments, **options)
     except NiooddError as e: assert "\n" not in str(e)
+
+
+# Other bytes at some places, a length to which the file is cut, and what is put behind it
+DAMAGE = st.tuples(st.lists(st.tuples(st.integers(0, 40) | st.integers(0, 10**6), st.integers(0, 255)), max_size=4),
+                   st.none() | st.integers(0, 10**6), st.just(b"") | st.binary(max_size=8))
+
+
+def damaged(content, damage):
+    changes, length, more = damage
+    found = bytearray(content)
+    for place, value in changes: found[place % len(found)] = value
+    return bytes(found[:None if length is None else length % len(found)]) + more
 
 
 def images(n, seed=0):
@@ -164,17 +199,25 @@ def test_a_named_pipe_is_not_waited_for(tmp_path):
     with pytest.raises(NiooddError, match="no regular file"): read_images(tmp_path/"a.png")
 
 
-PNG = io.BytesIO()
-Image.new("RGB", (9, 7), (1, 2, 3)).save(PNG, "PNG")
+def image_file(form, mode):
+    buffer = io.BytesIO()
+    Image.effect_noise((9, 7), 50).convert(mode).save(buffer, form)
+    return buffer.getvalue()
 
 
+IMAGES = {"PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"), "JPEG": ("L", "RGB", "CMYK"), "GIF": ("L", "P"),
+          "TIFF": ("1", "L", "P", "RGB", "RGBA", "CMYK", "I;16", "F"), "WEBP": ("RGB", "RGBA"),
+          "BMP": ("1", "L", "P", "RGB", "RGBA"), "PPM": ("L", "RGB"), "ICO": ("RGBA",), "TGA": ("L", "RGB")}
+IMAGES = {form: [image_file(form, mode) for mode in modes] for form, modes in IMAGES.items()}
+FORMS = st.sampled_from([*IMAGES]).flatmap(lambda form: st.sampled_from(IMAGES[form]))
+
+
+@pytest.mark.filterwarnings("ignore")
 @fuzz
-@given(st.binary(max_size=60), st.integers(0, len(PNG.getvalue())), st.integers(0, 255))
-def test_damaged_images(noise, place, value):
-    content = bytearray(PNG.getvalue())
-    content[place:place + 1] = bytes([value])
-    for damaged in (noise, bytes(content), PNG.getvalue()[:place]):
-        one_line(decode, io.BytesIO(damaged), "it", None, None)
+@given(st.binary(max_size=60) | st.builds(damaged, FORMS, DAMAGE), st.sampled_from([(None, None), (8, 1), (5, 3)]))
+def test_damaged_images(content, shape):
+    x = one_line(decode, io.BytesIO(content), "it", *shape)
+    if x is not None: assert x.dtype == torch.uint8 and x.ndim == 3 and min(x.shape) > 0
 
 
 # --- JSON and tensors -----------------------------------------------------------------------------------------------
@@ -254,9 +297,151 @@ def test_any_log(tmp_path_factory, content):
     one_line(read_json_lines, path, "round")
 
 
+SETTINGS = [(options, f.name) for options in (Config(), Recipe(), TrustOptions()) for f in fields(options)]
+VALUES = st.text(max_size=12) | st.integers().map(str) | st.floats().map(str) | st.sampled_from(
+    ["1e400", "-0", "1_000", "٣", "true", "a:1", "a:b:c,d", "kl:1", "ce:nan", "mnist[0,2]", "folder:", "[", "0x10"])
+
+
 @fuzz
-@given(st.sampled_from([f for f in Config.__dataclass_fields__]), st.text(max_size=12) | st.integers().map(str))
-def test_any_setting(name, value): one_line(with_values, Config(), [f"{name}={value}"])
+@given(st.sampled_from(SETTINGS), VALUES, st.text(max_size=6))
+def test_any_setting(setting, value, name):
+    options, known = setting
+    for text in (f"{known}={value}", f"{name}={value}", name): one_line(with_values, options, [text])
+    found = one_line(with_values, options, [f"{known}={value}"])
+    if isinstance(found, Config): one_line(lambda: loss_weights(found.loss_weights))
+
+
+# --- Data sets, results, folders ------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    "A folder with MNIST's test files and CMATERdb, of a few small images each."
+    root = tmp_path_factory.mktemp("sets")
+    for part in ("train", "t10k"):
+        write_idx(root/f"MNIST/raw/{part}-images-idx3-ubyte", grey(4, 3))
+        write_idx(root/f"MNIST/raw/{part}-labels-idx1-ubyte", np.arange(4, dtype=np.uint8))
+    write_cmaterdb(root)
+    return root
+
+
+def with_content(path, content, call, *arguments, **options):
+    "`one_line` of a call while a file has another content."
+    whole = path.read_bytes()
+    path.write_bytes(content)
+    try: return one_line(call, *arguments, **options)
+    finally: path.write_bytes(whole)
+
+
+def check_set(s):
+    assert s.images.dtype == torch.uint8 and s.images.ndim == 4 and len(s)
+    assert s.labels.dtype == torch.int64 and 0 <= s.labels.min() and s.labels.max() < len(s.classes)
+
+
+@fuzz
+@given(DAMAGE, st.sampled_from(["images-idx3", "labels-idx1"]))
+def test_damaged_idx_files(sets, damage, kind):
+    path = sets/f"MNIST/raw/t10k-{kind}-ubyte"
+    s = with_content(path, damaged(path.read_bytes(), damage), load, "mnist", "test", root=sets, size=4)
+    if s is not None: check_set(s)
+
+
+@pytest.mark.filterwarnings("ignore")
+@fuzz
+@given(DAMAGE)
+def test_damaged_npz_files(sets, damage):
+    path = sets/"CMATERdb/bangla-numerals/testing-images.npz"
+    s = with_content(path, damaged(path.read_bytes(), damage), load, "cmaterdb", "test", root=sets, size=4)
+    if s is not None: check_set(s)
+
+
+ARRAYS = arrays(scalar_dtypes(), array_shapes(min_dims=0, max_dims=4, max_side=3))
+
+
+@pytest.mark.filterwarnings("ignore")
+@fuzz
+@given(ARRAYS, ARRAYS | st.sampled_from([np.arange(2), np.array([None, "a"], object)]))
+def test_any_arrays_in_an_npz_file(sets, images, labels):
+    content = io.BytesIO()
+    np.savez(content, images=images, labels=labels)
+    path = sets/"CMATERdb/bangla-numerals/testing-images.npz"
+    s = with_content(path, content.getvalue(), load, "cmaterdb", "test", root=sets, size=4)
+    if s is not None: check_set(s)
+    s = one_line(from_arrays, images, labels)
+    if s is not None: check_set(s)
+
+
+ROW = dict(network="C1", seed=0, detector="msp", ood="gaussian", n_id=30, at_most=30, weights="0123456789abcdef",
+           fit_seconds=0.1, score_seconds=0.2, quantiles=dict(id=[0.1, 0.2]), **dict.fromkeys(METRICS, 0.5))
+ROWS = [ROW, ROW | dict(ood="gaussian-like"), dict(ROW, detector="energy", not_run="it cannot be computed")]
+CELLS = [Cell("C1", 0, detector, ood) for detector in ("msp", "energy") for ood in ("gaussian", "gaussian-like")]
+NEW = JSON | st.sampled_from([10**400, 10**19, -1, 0, 1e308, math.nan, "..", {}, []])
+
+
+def read_results(out):
+    rows = read_rows(out)
+    missing(CELLS, out), check_rows(CELLS, out, out/"models", 30), plan(CELLS, out, out/"models"), refusals(rows)
+    for metric in ("auroc", "fpr95_id_positive"): scoreboard(rows, "C1", metric)
+
+
+@fuzz
+@given(place=st.integers(0, 200), new=NEW, damage=st.none() | DAMAGE)
+def test_any_result_file(tmp_path_factory, place, new, damage):
+    out = tmp_path_factory.mktemp("results")
+    where = [*places(ROWS)]
+    rows = replaced(ROWS, where[place % len(where)] or (0,), new)
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    (out/"C1-seed0.jsonl").write_bytes(content if damage is None else damaged(content, damage))
+    one_line(read_results, out)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "The folder of a trained network, and of a run."
+    folder = tmp_path_factory.mktemp("trained")
+    net = Classifier(2, size=16).eval()
+    sha256 = save_signed(folder/"net"/"model.safetensors", net.state_dict())
+    write_json(folder/"net"/"model.json", dict(
+        format=1, status="finished", architecture="C1", network=describe_network(net), recipe=to_dict(Recipe()), seed=0,
+        data="mnist", classes=["a", "b"], epochs_done=10, epochs=10, sha256=sha256, accuracy=dict(test=0.5)))
+    scores = dict(images=5, **dict.fromkeys(METRICS, 0.5))
+    row = dict(round=0, id=dict(accuracy_known=0.5, images=5), ood=dict(letters=scores))
+    write_json_lines(folder/"run"/"metrics.jsonl", [row, row | dict(round=1)])
+    write_json(folder/"run"/"run.json", dict(
+        status="finished", config=to_dict(Config()), rounds_done=1, best_round=1, seconds=1.0, n_known=2, seed=0,
+        classes=["a", "b"], sizes=dict(train=5), trust=dict(id={}, ood=dict(letters=scores), strength=0.1)))
+    return folder
+
+
+def copied(folder, to, name, place, new):
+    "The folder with another value in one of its JSON files, at a place counted through."
+    for path in folder.iterdir():
+        if path.name != name: (to/path.name).symlink_to(path)
+    values = [json.loads(line) for line in (folder/name).read_text().splitlines()] if name.endswith("l") else [
+        json.loads((folder/name).read_text())]
+    where = [*places(values)][1:]
+    values = replaced(values, where[place % len(where)], new)
+    (to/name).write_text("\n".join(map(json.dumps, values)))
+    return to
+
+
+@fuzz
+@given(place=st.integers(0, 200), new=NEW)
+def test_any_value_in_model_json(trained, tmp_path_factory, place, new):
+    folder = copied(trained/"net", tmp_path_factory.mktemp("net"), "model.json", place, new)
+    found = one_line(load_classifier, folder)
+    if found is not None: one_line(logits_of, found[0], images(2))
+    one_line(read_recipe, folder)
+
+
+@fuzz
+@given(place=st.integers(0, 200), new=NEW, name=st.sampled_from(["run.json", "metrics.jsonl"]))
+def test_any_value_in_a_run(trained, tmp_path_factory, place, new, name):
+    folder = copied(trained/"run", tmp_path_factory.mktemp("run"), name, place, new)
+    rows = one_line(before_after, folder)
+    for style in ("text", "md", "csv"):
+        if rows is not None: one_line(format_table, rows, style)
+    info = one_line(read_run, folder)
+    if info is not None: one_line(stored_config, info["config"])
 
 
 # --- What is printed ------------------------------------------------------------------------------------------------

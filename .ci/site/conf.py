@@ -51,4 +51,19 @@ def only_what_is_there(app, pagename, templatename, context, doctree):
             group["buttons"] = [b for b in group["buttons"] if "/blob/" not in b["url"]]
 
 
-def setup(app): app.connect("html-page-context", only_what_is_there, priority=900)
+def quick_sidebar(app, pagename, templatename, context, doctree):
+    "The sidebar shows titles; Sphinx would copy all headings of all pages for each page, and then take them out again."
+    sidebar, metadata = context["toctree"], app.env.metadata
+    leaves = [name for name in app.env.found_docs if name not in app.env.toctree_includes]
+
+    def titles(**options):
+        for name in leaves: metadata[name]["tocdepth"] = 1
+        try: return sidebar(**options)
+        finally:
+            for name in leaves: del metadata[name]["tocdepth"]  # the table on the right has all headings
+    context["toctree"] = titles
+
+
+def setup(app):
+    app.connect("html-page-context", quick_sidebar, priority=1)
+    app.connect("html-page-context", only_what_is_there, priority=900)

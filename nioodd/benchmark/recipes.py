@@ -333,7 +333,7 @@ def load_classifier(
     info, weights = CLASSIFIER.read(folder), folder / "model.safetensors"
     if info["status"] != "finished":
         raise NiooddError(f"{folder} holds an unfinished training "
-                          f"({info['epochs_done']} of {info['epochs']} epochs are logged); "
+                          f"({info.get('epochs_done', '?')} of {info.get('epochs', '?')} epochs are logged); "
                           "finish it with --resume")
     if info["format"] > FORMAT:
         raise NiooddError(f"{folder}/model.json has format {info['format']}; "

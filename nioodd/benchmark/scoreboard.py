@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'ScoresOf', 'DETECTORS', 'PAPER2', 'unknown_set', 'TrainedNetwork', 'Cell', 'cells', 'cell_of', 'read_rows',
-           'add_rows', 'missing', 'absent', 'check_rows', 'make_folder', 'Places', 'run_cells', 'plan', 'Summary',
-           'summarise', 'scoreboard', 'refusals', 'better', 'compare_all']
+           'add_rows', 'missing', 'absent', 'check_rows', 'make_folder', 'Places', 'run_cells', 'in_shard',
+           'run_detectors', 'plan', 'Summary', 'summarise', 'scoreboard', 'refusals', 'better', 'compare_all']
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #b79cd3f8
+import copy
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -34,9 +35,10 @@ from .stress import SEVERITIES, corrupted, fgsm, gaussian_images
 from ..core.datasets import KNOWN_CLASSES, SOURCES, available, evenly, known_and_unknown, load, source_name
 from ..core.detector import Detector
 from ..core.errors import NiooddError, unknown
-from ..core.files import commit, load_tensors, save_tensors, write_atomic
+from ..core.files import commit, load_tensors, parse_json, read_bytes, save_tensors, write_atomic
 from ..core.images import ImageSet
 from ..core.metrics import HIGHER_IS_BETTER, METRICS, ood_metrics, paired_bootstrap
+from ..core.models import NETWORKS
 from ..core.registry import Registry, patch
 from ..inversion.outliers import FAMILIES, outliers
 from ..posthoc.baselines import BASELINES, FitData, ensemble_score
@@ -182,7 +184,8 @@ def _intervals(network: TrainedNetwork) -> TrustIntervalDetector:
             detector = fit_problem(network.problem, network.model, options, network.progress, checkpoint)[0]
             detector.save(folder)
             checkpoint.unlink()
-    return TrustIntervalDetector.load(folder)
+    own = None if type(network.model) in NETWORKS.values() else copy.deepcopy(network.model)
+    return TrustIntervalDetector.load(folder, own)
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #4e8292c9
 ScoresOf = Callable[[str], Tensor] # Name of a set → float64 [N], higher = more OOD
@@ -268,7 +271,9 @@ def cells(
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #0c97ab89
 def _run_name(network: str, seed: int) -> str: return f"{network}-seed{seed}"
-def _rows_file(out, network: str, seed: int) -> Path: return Path(out) / f"{_run_name(network, seed)}.jsonl"
+def _rows_file(out, network: str, seed: int, shard: tuple[int, int] = (1, 1)) -> Path:
+    part = "" if shard[1] == 1 else f".{shard[0]}-of-{shard[1]}"
+    return Path(out) / f"{_run_name(network, seed)}{part}.jsonl"
 def cell_of(row: dict) -> Cell: return Cell(row["network"], row["seed"], row["detector"], row["ood"])
 
 def read_rows(out: str | os.PathLike) -> list[dict]: # The folder of results, or one file of it
@@ -281,20 +286,35 @@ def read_rows(out: str | os.PathLike) -> list[dict]: # The folder of results, or
 
 def _read_file(path: Path) -> list[dict]:
     "The rows of one file."
-    lines = path.read_text(encoding="utf-8").splitlines()
-    try: rows = [json.loads(line) for line in lines if line.strip()]
+    content = read_bytes(path)
+    try:
+        lines = [line for line in content.decode().splitlines() if line.strip()]
+        rows = [parse_json(line, constants=True) for line in lines]
     except ValueError as e:
         raise NiooddError(f"{path} is not JSON lines ({e}); "
                           "restore it, or delete it to run its cells anew") from None
-    if all(isinstance(r, dict) and r.keys() >= {*Cell._fields} for r in rows): return rows
-    raise NiooddError(f"{path} has lines that are no rows; expected {', '.join(Cell._fields)} in each; "
-                      "restore it, or delete it to run its cells anew")
+    if all(map(_is_row, rows)): return rows
+    raise NiooddError(f"{path} has lines that are no rows; expected {', '.join(Cell._fields)} in each, "
+                      "and figures; restore it, or delete it to run its cells anew")
+
+# %% ../../nbs/benchmark/02_scoreboard.ipynb #47dbdf19
+def _is_row(row: Any) -> bool:
+    "Whether this names a cell, and all that is read of it has the type that is read."
+    if not isinstance(row, dict) or not row.keys() >= {*Cell._fields}: return False
+    return all(isinstance(row[name], kind) for name, kind in _TYPES.items() if name in row)
+
+_TYPES = dict(network=str, seed=int, detector=str, ood=str, not_run=str, weights=str, at_most=int)
+_TYPES |= dict.fromkeys([*METRICS, "fit_seconds", "score_seconds"], (int, float))
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #b61dfb4c
-def add_rows(out: str | os.PathLike, rows: list[dict]) -> None: # All of one network and seed
+def add_rows(
+    out: str | os.PathLike,
+    rows: list[dict], # All of one network and seed
+    shard: tuple[int, int] = (1, 1), # Of i of n, to a file of their own
+) -> None:
     "Adds rows to their file, in place of those of the same cells."
     if not rows: return
-    path = _rows_file(out, rows[0]["network"], rows[0]["seed"])
+    path = _rows_file(out, rows[0]["network"], rows[0]["seed"], shard)
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         all_rows = {cell_of(r): r for r in read_rows(path) + rows}
@@ -302,7 +322,8 @@ def add_rows(out: str | os.PathLike, rows: list[dict]) -> None: # All of one net
 
 def _scores_file(work: str | os.PathLike, cell: Cell) -> Path:
     "Where the scores of a cell's detector are kept."
-    return Path(work) / "scores" / _run_name(cell.network, cell.seed) / f"{cell.detector}.safetensors"
+    detector = cell.detector.replace(os.sep, "_").replace(":", "_")
+    return Path(work) / "scores" / _run_name(cell.network, cell.seed) / f"{detector}.safetensors"
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #cfc7ddd5
 def _provenance(network: TrainedNetwork) -> dict:
@@ -456,6 +477,7 @@ def run_cells(
     *,
     root: str | os.PathLike | None = None,
     images: int = 10000, # Of each set, at most
+    shard: tuple[int, int] = (1, 1), # i of n: every n-th detector, for several machines
     progress: bool = True,
 ) -> dict[str, list]: # Cells that were `run`, whose data is `absent`, and that another process is at: `busy`
     """Runs the cells that are missing in `out`, and can be. A detector that fails on a network gets rows that
@@ -467,34 +489,57 @@ def run_cells(
                           "and thousands for figures that mean something")
     check_rows(todo, out, models, images)
     places = Places(Path(out), Path(work), Path(models), root, images, progress)
-    locks, seeds = make_folder(places.work / "locks"), sorted({c.seed for c in todo})
-    todo = missing(todo, out)
-    result = dict(run=[], absent=absent(todo, models, root)[0], busy=[])
-    by_detector, lacking, opened = {}, set(result["absent"]), None
-    for c in todo:
-        if c not in lacking: by_detector.setdefault(c[:3], []).append(c)
+    seeds = sorted({c.seed for c in todo})
+    todo = missing(in_shard(todo, shard), out)
+    cannot = absent(todo, models, root)[0]
+    def open_network(network: str, seed: int) -> TrainedNetwork: return _open(network, seed, seeds, places)
+
+    can = [c for c in todo if c not in set(cannot)]
+    return run_detectors(can, places.out, places.work, open_network, progress, shard) | dict(absent=cannot)
+
+# %% ../../nbs/benchmark/02_scoreboard.ipynb #4c98db47
+def in_shard(todo: list[Cell], shard: tuple[int, int]) -> list[Cell]:
+    "Every n-th detector of a network, from the i-th on. Raises `NiooddError` unless 1 ≤ i ≤ n."
+    i, n = shard
+    if not 1 <= i <= n: raise NiooddError(f"shard is {i}/{n}; expected 1/{n} to {n}/{n}")
+    chosen = {*[*dict.fromkeys(c[:3] for c in todo)][i - 1::n]}
+    return [c for c in todo if c[:3] in chosen]
+
+def run_detectors(
+    todo: list[Cell],
+    out: Path, # Folder of the results
+    work: Path, # Folder of outputs, scores and locks
+    open_network: Callable[[str, int], TrainedNetwork], # Of a name and a seed
+    progress: bool = True,
+    shard: tuple[int, int] = (1, 1), # Rows of i of n go to a file of their own
+) -> dict[str, list]: # As of `run_cells`
+    "Judges the cells that have no row yet, one detector after the other."
+    locks, opened = make_folder(work / "locks"), {}
+    result: dict[str, list] = dict(run=[], absent=[], busy=[])
+    by_detector: dict[tuple, list[Cell]] = {}
+    for c in missing(todo, out): by_detector.setdefault(c[:3], []).append(c)
     bar = tqdm(by_detector.items(), disable=not progress, unit="detector")
     for (network, seed, detector), its_cells in bar:
         bar.set_description(f"{network} seed {seed}: {detector}")
-        if opened is None or opened.folder.name != _run_name(network, seed):
-            opened = _open(network, seed, seeds, places)
-        lock = FileLock(locks / f"{_run_name(network, seed)}-{detector}.lock", timeout=0)
+        if (network, seed) not in opened: opened = {(network, seed): open_network(network, seed)}
+        name = f"{_run_name(network, seed)}-{detector}".replace(os.sep, "_").replace(":", "_")
+        lock = FileLock(locks / f"{name}.lock", timeout=0)
         try:
-            with lock: result["run"] += _run_detector(opened, missing(its_cells, out), out)
+            with lock: result["run"] += _run_detector(opened[network, seed], missing(its_cells, out), out, shard)
         except Timeout: result["busy"] += its_cells
     return result
 
-def _run_detector(network: TrainedNetwork, todo: list[Cell], out: str | os.PathLike) -> list[Cell]:
+def _run_detector(network: TrainedNetwork, todo: list[Cell], out: Path, shard: tuple[int, int]) -> list[Cell]:
     "Judges cells of one detector and writes their rows; returns those that were run."
     if not todo: return []
     rows = _judge(network, todo)
-    add_rows(out, rows)
+    add_rows(out, rows, shard)
     return [cell_of(r) for r in rows if "not_run" not in r]
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #46a4e247
 def _known_costs(rows: list[dict]) -> dict[tuple[str, str], tuple[float, float]]:
     "(network, detector) → seconds to fit, and to score one set, by the last row that says."
-    measured = [r for r in rows if "fit_seconds" in r]
+    measured = [r for r in rows if r.keys() >= {"fit_seconds", "score_seconds"}]
     return {(r["network"], r["detector"]): (r["fit_seconds"], r["score_seconds"]) for r in measured}
 
 def plan(
@@ -583,7 +628,7 @@ def summarise(
     if metric not in METRICS: raise unknown("metric", metric, METRICS)
     values: dict[tuple, list[float]] = {}
     for r in rows:
-        if metric in r: values.setdefault((r["network"], r["detector"], r["ood"]), []).append(r[metric])
+        if metric in r: values.setdefault((r["network"], r["detector"], r["ood"]), []).append(float(r[metric]))
     return {key: _summary(torch.tensor(v, dtype=torch.float64)) for key, v in values.items()}
 
 def _summary(values: Tensor) -> Summary:

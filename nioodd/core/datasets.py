@@ -9,7 +9,9 @@ __all__ = ['KINDS', 'SOURCES', 'NOISE_IMAGES', 'NOISE_TEST', 'SPLITS', 'LETTERS'
 
 # %% ../../nbs/core/06_datasets.ipynb #6a958612
 import hashlib
+import inspect
 import lzma
+import math
 import os
 import re
 import tarfile
@@ -35,6 +37,7 @@ from torch.nn import functional as F
 from .errors import NiooddError, unknown
 from nioodd.core.images import (
     ImageSet,
+    Preparation,
     check_shape,
     decode_all,
     from_arrays,
@@ -108,6 +111,28 @@ KINDS = {"ID": "labelled images, for a classifier to learn", "OOD": "images to b
          "noise": "an endless set of any size, to be rejected"}
 SOURCES: dict[str, Source] = Registry("image set")
 
+# %% ../../nbs/core/06_datasets.ipynb #0da36305
+def _check_name(name: str) -> None:
+    "Raise `NiooddError` for a name that `load` and the command line would take for something else."
+    plain = isinstance(name, str) and name.strip() == name != "" and not set(name) & set(":,[]=")
+    if plain and not name.endswith("-inverted"): return
+    raise NiooddError(f"no image set can be called {name!r}; expected a text without : , [ ] = and "
+                      "without -inverted at its end: these say which part of a set is meant")
+
+# %% ../../nbs/core/06_datasets.ipynb #75f17e53
+def _check_reader(read: Callable, name: str, kind: str) -> None:
+    "Raise `NiooddError` if a reader cannot be called as `load` calls it."
+    expected = "(start, stop, size, channels, seed)" if kind == "noise" else "(split, root, **_)"
+    values = (0, 1, 28, 1, 0) if kind == "noise" else ()
+    names = {} if kind == "noise" else dict(split="train", root=Path(), download=False, seed=0)
+    try: signature = inspect.signature(read)
+    except ValueError: return # Some functions in C do not say
+    except TypeError: signature = inspect.Signature() # It is no function
+    try: signature.bind(*values, **names)
+    except TypeError as e:
+        raise NiooddError(f"the reader of {name} cannot be called as load calls it ({e}); "
+                          f"expected def {getattr(read, '__name__', 'read')}{expected}") from None
+
 # %% ../../nbs/core/06_datasets.ipynb #9ea7c4dc
 def data_set(
     name: str, # What `load` and the command line call it
@@ -122,14 +147,18 @@ def data_set(
     `load` calls it as `read(split=, root=, download=, seed=)`, where `split` is "train" or "test".
     It returns an `ImageSet` of any size. A reader of noise is called as
     `read(start, stop, size, channels, seed)`; it returns images `start` to `stop - 1`, uint8
-    [stop - start, channels, size, size]. A name of another module raises `NiooddError`."""
+    [stop - start, channels, size, size]. Raises `NiooddError` for a name of another module, a name that
+    `load` would take for something else, and a function that cannot be called so."""
     if kind not in KINDS: raise unknown("kind of image set", kind, KINDS)
     how_to_get = how_to_get or f"nioodd data --download {name}, or load('{name}', download=True)"
+
+    _check_name(name)
 
     def register(read: Callable) -> Callable:
         if name in SOURCES and SOURCES[name].read.__module__ != read.__module__:
             raise NiooddError(f"the name {name!r} is taken by an image set of "
                               f"{SOURCES[name].read.__module__}; expected a new one")
+        _check_reader(read, name, kind)
         SOURCES[name] = Source(name, kind, n, about, how_to_get, find, read)
         return read
 
@@ -215,10 +244,21 @@ def _read_noise(
     "A noise set; `split='all'` is the default number of training images and then test images."
     n = n or NOISE_IMAGES * (2 if split == "all" else 1)
     n_train = {"train": n, "test": 0, "all": min(n, NOISE_IMAGES)}[split]
-    size, channels = size or 28, channels or 1
-    train = source.read(0, n_train, size, channels, seed)
-    test = source.read(NOISE_TEST, NOISE_TEST + n - n_train, size, channels, seed)
-    return ImageSet(source.name, torch.cat([train, test]))
+    shape, ranges = (size or 28, channels or 1), [(0, n_train), (NOISE_TEST, NOISE_TEST + n - n_train)]
+    parts = [_noise_images(source, *r, *shape, seed) for r in ranges if r[0] < r[1]]
+    return ImageSet(source.name, torch.cat(parts))
+
+# %% ../../nbs/core/06_datasets.ipynb #ba4413e9
+def _noise_images(
+    source: Source, start: int, stop: int, size: int, channels: int, seed: int,
+) -> Tensor: # uint8 [stop - start, channels, size, size]
+    "Images of a noise set, by number. Raises `NiooddError` if its reader returns something else."
+    images, expected = source.read(start, stop, size, channels, seed), [stop - start, channels, size, size]
+    is_tensor = isinstance(images, Tensor)
+    if is_tensor and images.dtype == torch.uint8 and list(images.shape) == expected: return images
+    found = f"{images.dtype} {list(images.shape)}" if is_tensor else type(images).__name__
+    raise NiooddError(f"the reader of {source.name} returned {found}; "
+                      f"expected a tensor of uint8 {expected}")
 
 # %% ../../nbs/core/06_datasets.ipynb #d2015c04
 SPLITS = ("train", "test", "all")
@@ -341,8 +381,9 @@ def _idx_shape(path: Path) -> list[int]:
         with path.open("rb") as f: head = f.read(16)
     except OSError as e:
         raise NiooddError(f"{path} cannot be read ({e.strerror}); check its permissions") from e
-    is_idx = len(head) >= 8 and head[:3] == b"\0\0\x08" and head[3] > 0
-    if is_idx: return np.frombuffer(head[4:4 + 4 * head[3]], ">u4").astype(int).tolist()
+    axes = head[3] if len(head) >= 8 and head[:3] == b"\0\0\x08" else 0 # Images have 3, labels 1
+    if 0 < axes <= 3 and len(head) >= 4 + 4 * axes:
+        return np.frombuffer(head[4:4 + 4 * axes], ">u4").astype(int).tolist()
     raise NiooddError(f"{path} is not an idx file of bytes (its header says otherwise); "
                       "delete it and get it again")
 
@@ -350,7 +391,7 @@ def _idx_shape(path: Path) -> list[int]:
 def _check_idx(path: Path) -> int:
     "The number of items in an idx file; `NiooddError` if its header does not fit its length."
     shape, length = _idx_shape(path), path.stat().st_size
-    expected = 4 + 4 * len(shape) + int(np.prod(shape))
+    expected = 4 + 4 * len(shape) + math.prod(shape)
     if length == expected: return shape[0]
     raise NiooddError(f"{path} is {length:,} bytes long but its header ({' × '.join(map(str, shape))}) "
                       f"says {expected:,}; delete it and get it again")
@@ -376,7 +417,8 @@ def _idx_set(name: str, kind: type, split: str, root: Path, download: bool) -> I
 
     data = _torchvision(name, root, download, read)
     classes = [c.split(" - ")[0] for c in kind.classes] # "0 - zero" is the class 0
-    return ImageSet(name, data.data.unsqueeze(1), data.targets.long(), classes)
+    try: return from_arrays(data.data, data.targets, name, classes)
+    except NiooddError as e: raise NiooddError(f"{raw}: {e}; delete the folder and get it again") from None
 
 # %% ../../nbs/core/06_datasets.ipynb #37912357
 def _idx_files(folder: str) -> list[str]:
@@ -505,7 +547,7 @@ def _decode_split(place: Path, files: _ImageFiles, classes: list[str], split: st
     if not keys: return {}
     order = torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))
     named = [(files[k], f"{place}/{'/'.join(k)}") for k in keys]
-    images, labels = decode_all(named, None, 3), torch.tensor([classes.index(c) for _, c, _ in keys])
+    images, labels = decode_all(named, Preparation(channels=3)), torch.tensor([classes.index(c) for _, c, _ in keys])
     return {split: images[order], f"{split}_labels": labels[order]}
 
 def _decode_place(name: str, place: Path, classes: list[str]) -> dict[str, Tensor]:
@@ -530,7 +572,8 @@ def _read_place(name: str, place: Path, classes: list[str], split: str, root: Pa
     "One split of the images in a folder or an archive, under `name`."
     key, make = f"{name}-2-{_place_fingerprint(place)}", partial(_decode_place, name, place, classes)
     tensors = _cached(key, make, ())
-    if split in tensors: return ImageSet(name, tensors[split], tensors[f"{split}_labels"], list(classes))
+    if tensors.keys() >= {split, f"{split}_labels"}:
+        return ImageSet(name, tensors[split], tensors[f"{split}_labels"], list(classes))
     raise _missing(name, root, f"{split}/CLASS in {place.name}")
 
 # %% ../../nbs/core/06_datasets.ipynb #9e365846

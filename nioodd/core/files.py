@@ -285,6 +285,7 @@ def parse_tensors(
         texts = header.get("__metadata__") or {}
         meta = parse_json(texts.get("json", "{}"), constants=True)
     except _DAMAGED as e: raise _unreadable(path, one_line(e)) from None
+    if texts.keys() - {"json", "sha256", "format"}: raise _unreadable(path, "its head is another")
     if "sha256" in texts and texts["sha256"] != _checksum(header, data): # Older files have none
         raise _unreadable(path, "its checksum is another")
     return tensors, meta
@@ -322,7 +323,7 @@ def map_tensors(
     check_regular(path)
     try:
         with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, ValueError, OSError) as e: raise _unreadable(path, e) from None
+    except (*_DAMAGED, OSError) as e: raise _unreadable(path, one_line(e)) from None
 
 # %% ../../nbs/core/10_files.ipynb #fba960dd
 def optimiser_tensors(

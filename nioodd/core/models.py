@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import NiooddError
+from .images import one_line
 from .registry import Registry
 
 # %% ../../nbs/core/07_models.ipynb #7cfba9a3
@@ -67,12 +68,10 @@ ARCHITECTURES: dict[str, type[Architecture]] = Registry("architecture") # By sho
 NETWORKS: dict[str, type[Architecture]] = Registry("network") # By class name; rebuilt from `arguments`
 
 # %% ../../nbs/core/07_models.ipynb #ada03af4
-def _check_free(names: Registry, name: str, network: type) -> None:
-    "Raise `NiooddError` if `name` belongs to another class than `network`, or an earlier form of it."
-    owner = names.get(name, network)
-    if (owner.__module__, owner.__qualname__) == (network.__module__, network.__qualname__): return
-    raise NiooddError(f"the {names.kind} {name!r} is {owner.__module__}.{owner.__qualname__} already; "
-                      "expected a new name")
+def _parameters(network: type) -> list[str]:
+    "What its constructor takes by name."
+    parameters = inspect.signature(network).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 # %% ../../nbs/core/07_models.ipynb #8ec5f2b8
 def _check_defaults(network: type) -> None:
@@ -96,8 +95,8 @@ def named_architecture(
     too and are handed to `Architecture.__init__`. Raises `NiooddError` for a name that is taken."""
     def register(network: type[Architecture]) -> type[Architecture]:
         _check_defaults(network)
-        _check_free(ARCHITECTURES, name, network)
-        _check_free(NETWORKS, network.__name__, network)
+        ARCHITECTURES.check_free(name, network)
+        NETWORKS.check_free(network.__name__, network)
         ARCHITECTURES[name] = NETWORKS[network.__name__] = network
         return network
     return register
@@ -333,6 +332,51 @@ class DenseNet100(Architecture):
         self.body = nn.Sequential(*layers, nn.Linear(c, n_outputs))
         he_initialise(self.body[:-1])
 
+# %% ../../nbs/core/07_models.ipynb #a16e2b3a
+def _made(kind: type[Architecture], n_outputs: int, given: dict[str, int]) -> Architecture:
+    "A network. Raises `NiooddError` if its constructor does not call that of `Architecture`."
+    try:
+        network = kind(n_outputs, **given)
+        if "arguments" in vars(network): return network
+        why = "there are no arguments"
+    except AttributeError as e: why = one_line(e) # PyTorch's, of layers that are set before
+    raise NiooddError(f"a {kind.__name__} cannot be made ({why}); expected a constructor that begins "
+                      "with super().__init__(n_outputs, channels, size)")
+
+# %% ../../nbs/core/07_models.ipynb #e248f89e
+def _check_kept(network: Architecture) -> None:
+    "Raise `NiooddError` if the network could not be rebuilt from its `arguments`."
+    lost = [name for name in _parameters(type(network)) if name not in network.arguments]
+    if not lost: return
+    raise NiooddError(f"{type(network).__name__} would lose {', '.join(lost)} in saving; expected "
+                      f"super().__init__(n_outputs, channels, size, {lost[0]}={lost[0]})")
+
+# %% ../../nbs/core/07_models.ipynb #da3b997d
+@torch.no_grad()
+def _logits_of_zeros(network: Architecture) -> Tensor: # [2, K]
+    "What a new network says of two grey images, in eval mode."
+    a, modes = network.arguments, [(m, m.training) for m in network.modules()]
+    network.eval()
+    logits = network(torch.zeros(2, a["channels"], a["size"], a["size"]))
+    for m, training in modes: m.training = training
+    return logits
+
+# %% ../../nbs/core/07_models.ipynb #d73da516
+def _check_logits(network: Architecture, n_outputs: int) -> None:
+    "Raise `NiooddError` unless the network takes its images and gives `n_outputs` logits."
+    name, has_forward = type(network).__name__, type(network).forward is not Architecture.forward
+    if not has_forward and not hasattr(network, "body"):
+        raise NiooddError(f"{name} has no body; expected self.body, a sequence that ends in the output "
+                          "layer, or a forward of its own")
+    try: logits = _logits_of_zeros(network)
+    except RuntimeError as e: # PyTorch's, of shapes that do not fit
+        raise NiooddError(f"{name} cannot take its own images ({one_line(e)}); expected layers for "
+                          f"{network.arguments}") from None
+    shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape == [2, n_outputs]: return
+    raise NiooddError(f"{name} gives {shape} for two images; expected logits [2, {n_outputs}]; "
+                      "its output layer is n_outputs wide")
+
 # %% ../../nbs/core/07_models.ipynb #83d77e23
 def architecture(
     name: str, # A key of `ARCHITECTURES`: "C1" … "C5", or one of your own
@@ -342,4 +386,7 @@ def architecture(
 ) -> Architecture: # Untrained, in training mode
     "A network by name. Raises `NiooddError` for another name or what it cannot be built for."
     given = {k: v for k, v in dict(channels=channels, size=size).items() if v is not None}
-    return ARCHITECTURES[name](n_outputs, **given)
+    network = _made(ARCHITECTURES[name], n_outputs, given)
+    _check_kept(network)
+    _check_logits(network, n_outputs)
+    return network

@@ -32,7 +32,10 @@ def option(
 _TYPES = {int: (int,), float: (int, float), bool: (bool,), str: (str,)} # Annotation → types of values
 
 def _has_type(value, annotation) -> bool:
-    expected = _TYPES.get(annotation, (tuple,)) # All other annotations are tuples
+    if annotation not in _TYPES: # As tuple[str, ...]
+        each = typing.get_args(annotation)[0]
+        return isinstance(value, tuple) and all(_has_type(v, each) for v in value)
+    expected = _TYPES[annotation]
     if isinstance(value, bool): return bool in expected
     return isinstance(value, expected)
 
@@ -76,7 +79,8 @@ def _parse(cls: type, name: str, text: str):
     try: return _read_value(kinds[name], text)
     except (KeyError, ValueError):
         doc = cls.__dataclass_fields__[name].metadata["doc"]
-        raise NiooddError(f"--set {name}={text}: expected {kinds[name].__name__}: {doc}") from None
+        shown = " ".join(text.split())[:100]
+        raise NiooddError(f"--set {name}={shown}: expected {kinds[name].__name__}: {doc}") from None
 
 # %% ../../nbs/core/11_options.ipynb #d3b764de
 def with_values(

@@ -18,12 +18,13 @@ from io import BytesIO
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
-from matplotlib.ticker import FixedFormatter, FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from .errors import NiooddError, unknown
 from .metrics import accepted, auroc
@@ -70,13 +71,26 @@ def _numbers_at_axes(figure: Figure) -> set[int]:
         texts |= {id(axis.offsetText)}.union(*({id(tick.label1), id(tick.label2)} for tick in ticks))
     return texts
 
+def _plain(name: str) -> str:
+    "A name without bytes that are no text, which names of files may hold: such a byte is shown as \\udce9."
+    return str(name).encode(errors="backslashreplace").decode()
+
+def _plain_names(axis: Axis) -> None:
+    "Names at an axis are set anew where `_plain` changes them; it keeps them apart from what it draws."
+    if not isinstance(axis.get_major_locator(), FixedLocator): return
+    names = [label.get_text() for label in axis.get_ticklabels()]
+    plain = [_plain(name) for name in names]
+    if plain != names: axis.set_ticks(axis.get_majorticklocs(), plain)
+
+# %% ../../nbs/core/04_show.ipynb #0b64723c
 def _show_as_it_is(figure: Figure) -> None:
     "Takes no name for mathematics, and no bytes that are no text for an error."
+    for ax in figure.axes: _plain_names(ax.xaxis), _plain_names(ax.yaxis)
     numbers = _numbers_at_axes(figure)
     for text in figure.findobj(Text):
         if id(text) in numbers: continue
         text.set_parse_math(False)
-        text.set_text(text.get_text().encode(errors="backslashreplace").decode())
+        text.set_text(_plain(text.get_text()))
 
 # %% ../../nbs/core/04_show.ipynb #28d2b03c
 class Plot(Figure):
@@ -126,7 +140,8 @@ def _mosaic(images: np.ndarray, row: np.ndarray, col: np.ndarray, head: int, gap
 
 # %% ../../nbs/core/04_show.ipynb #54eab2c8
 def short_name(word: str, n: int = 9) -> str:
-    "A word of at most n characters."
+    "A word of at most n characters, all of which can be drawn."
+    word = _plain(word)
     return word if len(word) <= n else word[: n - 1] + "…"
 
 def _pixel_scale(width: int) -> float:
@@ -450,7 +465,7 @@ def heatmap(
             if np.isfinite(v): ax.text(c, r, f"{v:.2f}", ha="center", va="center", fontsize=7, color=colour)
     step = math.ceil(values.shape[1] / 20)
     ax.set_yticks(range(len(rows)), [short_name(r) for r in rows])
-    ax.set_xticks(range(0, len(columns), step), columns[::step])
+    ax.set_xticks(range(0, len(columns), step), [_plain(c) for c in columns[::step]])
     ax.grid(False)
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title or "")
     ax.figure.colorbar(shown, ax=ax, label=label)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..benchmark.stress import fgsm, standard_normal
 from ..core.detector import Detector
 from ..core.errors import NiooddError
-from ..core.images import ImageSet, decode, resize, to_uint8
+from ..core.images import ImageSet, decode, read_preparation, resize, to_uint8
 from ..core.registry import patch
 from ..core.show import COLOURS, HATCHES, WRONG, Plot, as_rgb, percent, style
 from .explorer import Explorer, Picture
@@ -323,6 +323,8 @@ class Ask(Explorer):
         self.detectors = _named(detectors, type(detectors).__name__)
         _check_detectors(self.detectors)
         self.size, self.channels = _image_shape(next(iter(self.detectors.values())), size, channels)
+        first = next(iter(self.detectors.values())).preparation
+        self.preparation = read_preparation(first, size=self.size, channels=self.channels)
         n = _common_classes(self.detectors, self.size, self.channels)
         self.classes = _class_names(self.detectors, classes, n)
         self.sets = {} if images is None else _image_sets(images, self.size, self.channels)
@@ -357,7 +359,7 @@ def _chosen(self: Ask, now: dict, strokes: list) -> Tensor | None: # uint8 [1, C
     if now["source"] == "image": return self.sets[now["set"]][now["index"]][None]
     if not now["file"]: return None
     file = now["file"][-1]
-    image = decode(BytesIO(file["content"]), file["name"], self.size, self.channels)[None]
+    image = decode(BytesIO(file["content"]), file["name"], self.preparation)[None]
     return 255 - image if now["negative"] else image
 
 # %% ../../nbs/explore/03_ask.ipynb #86b9db23

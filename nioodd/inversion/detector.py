@@ -6,8 +6,6 @@
 __all__ = ['GarbageDetector']
 
 # %% ../../nbs/inversion/04_detector.ipynb #7fda242d
-from typing import Any
-
 from torch import Tensor, nn
 
 from ..core.detector import Detector, ood_api
@@ -29,12 +27,11 @@ class GarbageDetector(Detector):
         n_known: int | None = None, # n, checked against the outputs; None: their number minus one
         threshold: float | None = None, # A score above it is OOD; None: not set yet
         classes: list[str] | None = None, # Names of the n known classes; None: "0", "1", ...
+        **preparation, # How a picture becomes the network's input: `transform`, `mean`, `std`, `size` …
     ):
         if n_known is None and classes is not None: n_known = len(classes)
-        super().__init__(model, threshold, classes, n_known)
+        super().__init__(model, threshold, classes, n_known, **preparation)
         if isinstance(model, Classifier): self._check_outputs(model.arguments["n_outputs"])
-
-    def arguments(self) -> dict[str, Any]: return dict(n_known=self.n_known, classes=self.classes)
 
 # %% ../../nbs/inversion/04_detector.ipynb #268717d2
 @patch

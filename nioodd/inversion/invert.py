@@ -113,6 +113,9 @@ def generator_loss(
         raise NiooddError(f"no loss can be called {name!r}; the log has an entry of that name")
 
     def register(function):
+        owner = getattr(LOSSES[name].function, "__module__", None) if name in LOSSES else function.__module__
+        if owner != function.__module__:
+            raise NiooddError(f"the name {name!r} is taken by a loss of {owner}; expected a new one")
         LOSSES[name] = Loss(function, weight, title or name)
         return function
     return register
@@ -168,6 +171,9 @@ def _shares(weights: Mapping[str, float] | None) -> dict[str, float]:
 def _term(name: str, batch: GeneratedBatch, options: Mapping) -> Tensor:
     "The loss `name` of a batch. Raises `NiooddError` unless it is a scalar."
     value = LOSSES[name].function(batch, **options)
+    if not isinstance(value, Tensor):
+        raise NiooddError(f"the loss {name!r} gives a {type(value).__name__}; expected a scalar "
+                          "tensor; compute it from the batch with torch, without .item()")
     if value.ndim == 0: return value
     raise NiooddError(f"the loss {name!r} gives a tensor of shape {list(value.shape)}; "
                       "expected a scalar; take its mean")
@@ -236,6 +242,10 @@ def _check_terms(logits: Tensor, total: Tensor, terms: dict[str, Tensor], step: 
     if not logits.requires_grad:
         raise NiooddError("no gradient comes from the classifier's output to its images; expected one; "
                           "its forward runs under no_grad or inference_mode")
+    for name, term in terms.items():
+        if not term.requires_grad:
+            raise NiooddError(f"the loss {name!r} has no gradient; expected one; "
+                              "compute it from the batch with torch, without .item() or .detach()")
     if total.isfinite(): return
     if not logits.isfinite().all():
         raise NiooddError(f"the classifier's logits are not finite at generator step {step}; "

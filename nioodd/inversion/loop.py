@@ -472,8 +472,10 @@ def round(self: Loop) -> dict:
 # %% ../../nbs/inversion/05_loop.ipynb #5e3d8074
 RUN = ResumableFolder("run.json", "run", "`nioodd run`", required=("config",), schema={
     "type": "object", "properties": {
-        "config": {"type": "object"}, "status": {"type": "string"}, "seconds": {"type": "number"},
-        "rounds_done": {"type": "integer"}, "best_round": {"type": "integer", "minimum": 0},
+        "config": {"type": "object", "properties": {"ood_sets": {"type": "array", "items": {"type": "string"}}}},
+        "status": {"type": "string"}, "seconds": {"type": "number"},
+        "rounds_done": {"type": "integer"}, "n_known": {"type": "integer", "minimum": 0},
+        "best_round": {"type": "integer", "minimum": 0},
         "classes": {"type": "array", "items": {"type": "string"}}}})
 
 def read_run(

@@ -83,17 +83,23 @@ class Run(NamedTuple):
         return kept or (self.rows[-1] if len(self.rows) > 1 else None)
 
 # %% ../../nbs/inversion/06_report.ipynb #40644b36
-_FIGURES = {"type": "object", "additionalProperties": {"type": ["number", "null", "array"]}}
-_ROW = {"type": "object", "properties": { # Of metrics.jsonl
-    "round": {"type": "integer"}, "id": _FIGURES, "ood": {"type": "object", "additionalProperties": _FIGURES}}}
+def _row_schema() -> dict:
+    "Of metrics.jsonl, and of `trust` in run.json."
+    figure, count = {"type": ["number", "null"]}, {"type": "integer"}
+    figures = {"type": "object", "properties": dict.fromkeys(COLUMNS, figure) | dict(images=count, n=count),
+               "additionalProperties": {"type": ["number", "null", "array"]}}
+    return {"type": "object", "properties": {
+        "round": count, "id": figures, "ood": {"type": "object", "additionalProperties": figures}}}
 
+# %% ../../nbs/inversion/06_report.ipynb #0db594a5
 def open_run(
     run_dir: str | PathLike, # The folder that `nioodd run` wrote
 ) -> Run:
     "Read run.json and metrics.jsonl. Raises `NiooddError` if it is no run's, or a file is damaged."
     folder, info = Path(run_dir), read_run(run_dir, also=("n_known", "classes"))
-    rows = read_json_lines(folder / "metrics.jsonl", "round")
-    for row in rows: check_schema(row, _ROW, str(folder / "metrics.jsonl"))
+    rows, schema = read_json_lines(folder / "metrics.jsonl", "round"), _row_schema()
+    for row in rows: check_schema(row, schema, str(folder / "metrics.jsonl"))
+    check_schema(info.get("trust", {}), schema, f"trust in {folder / 'run.json'}")
     run = Run(folder, info, rows, [])
     if not run.finished:
         done, planned = max(len(rows) - 1, 0), info["config"].get("rounds", "?")

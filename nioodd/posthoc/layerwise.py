@@ -4,23 +4,34 @@
 
 # %% auto #0
 __all__ = ['BETWEEN', 'BENDS', 'ROUNDING', 'ALL_BEYOND', 'MAP_BEYOND', 'ALL_WEIGHT', 'SUMS', 'SUBSPACE_IMAGES', 'SUBSPACE_BYTES',
-           'listening_posts', 'directions', 'read_directions', 'prototypes', 'subspace', 'Bank', 'layer_scores',
-           'Surprise', 'is_map', 'is_gap', 'late_sum', 'whole_sum', 'early_evidence', 'LayerwiseDetector',
-           'prototype_classes', 'learn_banks']
+           'listening_posts', 'chosen_layers', 'directions', 'read_directions', 'prototypes', 'subspace', 'Bank',
+           'layer_scores', 'Surprise', 'is_map', 'is_gap', 'late_sum', 'whole_sum', 'early_evidence',
+           'LayerwiseDetector', 'prototype_classes', 'learn_banks']
 
 # %% ../../nbs/posthoc/02_layerwise.ipynb #6bb73890
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.detector import Detector, all_images, check_sorted_scores
+from ..core.detector import Detector, all_images, check_sorted_scores, shared_images
 from ..core.errors import NiooddError
-from ..core.forward import as_input, batches, layer_inputs, logits_of
+from nioodd.core.forward import (
+    Images,
+    SharedImages,
+    as_input,
+    bare,
+    batches,
+    gathered,
+    layer_inputs,
+    logits_of,
+    take,
+)
 from ..core.registry import patch
 from ..core.scores import energy
 
@@ -71,6 +82,24 @@ def listening_posts(
         raise NiooddError(f"{type(model).__name__} has no linear or convolutional layer after its first; "
                           "nothing to listen to; expected a network of layers")
     return [name for name in inputs if name in chosen]
+
+# %% ../../nbs/posthoc/02_layerwise.ipynb #ea5d842a
+@torch.no_grad()
+def chosen_layers(
+    model: nn.Module, # Any classifier: images → logits [B, K]
+    x: Tensor, # Two images or so, as the network takes them
+    patterns: Collection[str], # Names of layers, or patterns as `layer4.*`
+) -> list[str]: # Names of layers, in the order they run
+    """The linear and convolutional layers that one of the patterns fits. A `Prepared` network's own names count.
+
+    Raises `NiooddError` for a pattern that fits none."""
+    inputs = layer_inputs(model, x, mode="eval")[1]
+    names = {name: name.removeprefix("network.") for name, t in inputs.items() if len(t) == len(x) and t.ndim > 1}
+    for pattern in patterns:
+        if any(fnmatchcase(short, pattern) for short in names.values()): continue
+        raise NiooddError(f"no layer of this {type(bare(model)).__name__} fits {pattern!r}; "
+                          f"expected one of {', '.join([*names.values()][-12:])}")
+    return [name for name, short in names.items() if any(fnmatchcase(short, pattern) for pattern in patterns)]
 
 # %% ../../nbs/posthoc/02_layerwise.ipynb #9ea51921
 def directions(
@@ -249,8 +278,9 @@ class LayerwiseDetector(Detector):
         threshold: float | None = None, # A score above it is OOD; None: not set yet
         classes: list[str] | None = None, # Names of the known classes; None: "0", "1", ...
         n_known: int | None = None, # Outputs that are known classes; None: all
+        **preparation, # How a picture becomes the network's input: `transform`, `mean`, `std`, `size` …
     ):
-        super().__init__(model, threshold, classes, n_known)
+        super().__init__(model, threshold, classes, n_known, **preparation)
         self.banks: dict[str, Bank] = {} # By layer and kind: `body.3 where`
         self.surprise: dict[str, Surprise] = {} # `energy`, the names of the banks, and their gaps
         self.sums: dict[str, Surprise] = {} # `late` and `whole`; empty: the score is the plain sum
@@ -323,27 +353,29 @@ def _logits_and_verdict(self: LayerwiseDetector, x: Tensor) -> tuple[Tensor, dic
 
 # %% ../../nbs/posthoc/02_layerwise.ipynb #0e2bb09b
 SUBSPACE_IMAGES = 5000 # At most so many images decide on the subspaces
-SUBSPACE_BYTES = 2e9 # And so many bytes of what is read of them
+SUBSPACE_BYTES = 6e8 # And so many bytes of what is read of them
 
 def _read_all(
     model: nn.Module,
-    images: Tensor, # [N, C, H, W]
+    images: Images, # [N, C, H, W]
     layers: list[str],
     bases: dict[str, Tensor], # float32 [D, d] by name; empty: directions are kept whole
     n_known: int | None, # Outputs that are known classes; None: all
     on_batch: Callable[[int], object], # Called with the number of images after each batch
 ) -> tuple[Tensor, dict[str, Tensor]]: # int64 [N], the classes that the network names; float32 [N, d], or [N, D]
     "What the layers read of all images, within the subspaces if there are any."
-    parts: dict[str, list[Tensor]] = {}
-    named = []
+    named, found, done = [], {}, 0
+    n = len(images.own if isinstance(images, SharedImages) else images)
     for batch in batches(model, images):
         logits, read = read_directions(model, batch, layers)
         named.append(logits[:, :n_known].argmax(1).cpu())
         for name, u in read.items():
-            u = u.cpu()
-            parts.setdefault(name, []).append(u @ bases[name] if bases else u)
+            u = u.cpu() @ bases[name] if bases else u.cpu()
+            if name not in found: found[name] = torch.empty(n, u.shape[1]) # Once, not twice as in `cat`
+            found[name][done:done + len(u)] = u
+        done += len(batch)
         on_batch(len(batch))
-    return torch.cat(named), {name: torch.cat(us) for name, us in parts.items()}
+    return gathered(images, torch.cat(named)), {name: gathered(images, u) for name, u in found.items()}
 
 # %% ../../nbs/posthoc/02_layerwise.ipynb #29e2cbdd
 def _subspaces(read: dict[str, Tensor], dimensions: int, seed: int) -> dict[str, Tensor]:
@@ -384,18 +416,20 @@ def _new_bank(basis: Tensor, x: Tensor, n: int, classes: Tensor | None) -> Bank:
 # %% ../../nbs/posthoc/02_layerwise.ipynb #c75a644e
 def learn_banks(
     model: nn.Module,
-    images: Tensor, # uint8 or floating-point [N, C, H, W], in random order
+    images: Images, # uint8 or floating-point [N, C, H, W], in random order
     n: int, # Prototypes in each bank
     dimensions: int, # Of each subspace
     seed: int,
     n_known: int | None, # Outputs that are known classes; None: all
+    layers: Collection[str] | None, # To listen to, see `chosen_layers`; None: those of `listening_posts`
     on_batch: Callable[[int], object], # Called with the number of images after each batch
 ) -> dict[str, Bank]: # By the name that `read_directions` gives
     "The bank of each layer. Raises `NiooddError` for a network without layers, and for what is not finite."
-    layers = listening_posts(model, as_input(images[:2], model))
+    two = as_input(images[:2], model)
+    layers = listening_posts(model, two) if layers is None else chosen_layers(model, two, layers)
     bytes_each = sum(u[0].nbytes for u in read_directions(model, images[:2], layers)[1].values())
     n_first = min(SUBSPACE_IMAGES, max(500, int(SUBSPACE_BYTES / bytes_each)))
-    first, rest = images[:n_first], images[n_first:]
+    first, rest = take(images, slice(n_first)), take(images, slice(n_first, None))
     classes, read = _read_all(model, first, layers, {}, n_known, on_batch)
     bases = _subspaces(read, dimensions, seed)
     within = {name: read.pop(name) @ basis for name, basis in bases.items()}
@@ -410,21 +444,22 @@ def learn_banks(
 # %% ../../nbs/posthoc/02_layerwise.ipynb #ac619d6e
 @patch
 def learn(self: LayerwiseDetector,
-    train: Tensor, # uint8 or floating-point [N, C, H, W] that the network was trained on
-    held_out: Tensor, # As `train`, but images that the network was not trained on
+    train: Images, # uint8 or floating-point [N, C, H, W] that the network was trained on
+    held_out: Images, # As `train`, but images that the network was not trained on
     bank: int = 2500, # Prototypes of each layer and kind
     dimensions: int = 128, # Of each subspace
     n: int = 20000, # Of `train`, at most so many are read
     seed: int = 0, # Of which those are, and of how the held-out images are split
+    layers: str | Collection[str] | None = None, # To listen to, see `chosen_layers`; None: those of `listening_posts`
     progress: bool = False, # A bar over the images
-) -> Tensor: # The half of the held-out images that is left to calibrate by
+) -> Images: # The half of the held-out images that is left to calibrate by
     """Learn banks from `train` and distributions from half of `held_out`; what `fit` does before it calibrates.
 
     Raises `NiooddError` for fewer than 80 held-out images, a network without layers or not of the
     detector's classes, and for what is not finite."""
     rng = torch.Generator().manual_seed(seed)
-    train = train[torch.randperm(len(train), generator=rng)]
-    held_out = held_out[torch.randperm(len(held_out), generator=rng)]
+    train = take(train, torch.randperm(len(train), generator=rng)[:n])
+    held_out_order = torch.randperm(len(held_out), generator=rng)
     if len(held_out) < 80:
         raise NiooddError(f"{len(held_out)} held-out images; expected at least 80, better some thousands; "
                           "hold out more ID images")
@@ -432,38 +467,45 @@ def learn(self: LayerwiseDetector,
         raise NiooddError(f"{len(train)} images, bank={bank}, dimensions={dimensions}, n={n}; "
                           "expected at least 2 of each, better some thousands of images; pass more")
     self.check_outputs(logits_of(self.model, train[:2]).shape[1])
-    first, second = held_out.tensor_split(2)
-    with tqdm(total=len(train[:n]) + len(first), desc="layerwise", unit="image", disable=not progress) as bar:
-        banks = learn_banks(self.model, train[:n], bank, dimensions, seed, self.n_known, bar.update)
+    first, second = (take(held_out, half) for half in held_out_order.tensor_split(2))
+    layers = [layers] if isinstance(layers, str) else layers
+    with tqdm(total=len(train) + len(first), desc="layerwise", unit="image", disable=not progress) as bar:
+        banks = learn_banks(self.model, train, bank, dimensions, seed, self.n_known, layers, bar.update)
         self.surprise, self.sums = _learn_surprises(self, banks, first, bar.update)
     self.banks = banks
     return second
 
 # %% ../../nbs/posthoc/02_layerwise.ipynb #1e5f10cb
-def _learn_surprises(detector: LayerwiseDetector, banks: dict[str, Bank], images: Tensor,
+def _learn_surprises(detector: LayerwiseDetector, banks: dict[str, Bank], images: Images,
                      on_batch: Callable[[int], object]) -> tuple[dict[str, Surprise], dict[str, Surprise]]:
     "The distributions of each part's score over held-out images, and those of the two sums."
     found = []
     for batch in batches(detector.model, images):
         found.append(layer_scores(detector.model, batch, banks, detector.n_known)[1])
         on_batch(len(batch))
-    scores = {name: torch.cat([part[name] for part in found]) for name in found[0]}
+    scores = {name: gathered(images, torch.cat([part[name] for part in found])) for name in found[0]}
     surprise = {name: Surprise(s) for name, s in scores.items()}
     surprises = {name: surprise[name](s) for name, s in scores.items()}
     return surprise, dict(late=_of_sum(late_sum(surprises)), whole=_of_sum(whole_sum(surprises)))
 
-# %% ../../nbs/posthoc/02_layerwise.ipynb #ea5d842a
+# %% ../../nbs/posthoc/02_layerwise.ipynb #ff9cc2af
 @patch
 def fit(self: LayerwiseDetector,
     train=None, # Images that the network was trained on: a tensor [N, C, H, W], an `ImageSet`, or a loader
     held_out=None, # ID images that it was not trained on, in one of these forms; None: a quarter of `train`
     *,
     false_alarms: float = 0.05, # Share of known images that the threshold may reject
-    n: int = 20000, # Of `train`, at most so many are read; of a loader, no more are kept in memory
+    n: int = 20000, # Of `train`, at most so many are read; of a loader or data set, also of `held_out`
+    across_ranks: bool = False, # Each process of `torch.distributed` has a part of the images; all call `fit`
     **options, # Of `learn`
 ) -> LayerwiseDetector: # Itself
-    "As `Detector.fit`. A fit that fails leaves the detector as it was."
-    if train is not None: train = all_images(train, n if held_out is not None else 2 * n)
+    """As `Detector.fit`. A fit that fails leaves the detector as it was.
+
+    Memory stays the same however many images a loader has: those that are kept go to a file if they are many."""
+    def read(images, most): return shared_images(images, most) if across_ranks else all_images(images, most, file=True)
+
+    if train is not None: train = read(train, n if held_out is not None else 2 * n)
+    if held_out is not None: held_out = read(held_out, max(n, 80))
     before = self.banks, self.surprise, self.sums, self.reads
     try: return Detector.fit(self, train, held_out, false_alarms=false_alarms, n=n, **options)
     except NiooddError:

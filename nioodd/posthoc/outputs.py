@@ -103,4 +103,14 @@ def kept_outputs(
                 outputs = network_outputs(model, images, progress=progress)
                 save_tensors(path, outputs._asdict())
         Path(f"{path}.lock").unlink(missing_ok=True)
-    return Outputs(**map_tensors(path))
+    return _outputs_in(path, len(images))
+
+# %% ../../nbs/posthoc/00_outputs.ipynb #d98cfbaa
+def _outputs_in(path: Path, n: int) -> Outputs:
+    "The outputs in a file. Raises `NiooddError` if it holds something else, or not n images."
+    tensors = map_tensors(path)
+    rows = [t.shape[0] if t.ndim == 2 else None for t in tensors.values()]
+    if tensors.keys() == {*Outputs._fields} and set(rows) == {n}: return Outputs(**tensors)
+    found = ", ".join(f"{name} {list(t.shape)}" for name, t in sorted(tensors.items())) or "nothing"
+    raise NiooddError(f"{path} holds {found[:200]}; expected {', '.join(Outputs._fields)} "
+                      f"of {n} images; delete it, and it is made anew")

@@ -39,8 +39,9 @@ class ScoreDetector(Detector):
         threshold: float | None = None, # A score above it is OOD; None: not set yet
         classes: list[str] | None = None, # Names of the classes; None: "0", "1", ...
         n_known: int | None = None, # Outputs that are known classes: must be all of them
+        **preparation, # How a picture becomes the network's input: `transform`, `mean`, `std`, `size` …
     ):
-        super().__init__(model, threshold, classes, n_known)
+        super().__init__(model, threshold, classes, n_known, **preparation)
         self.score = score
         self.baseline = BASELINES[score] if isinstance(score, str) else baseline_of(score)
         self.data: FitData | None = None # What was learnt from
@@ -169,7 +170,7 @@ def arguments(self: ScoreDetector) -> dict:
     """What the constructor takes beside model and threshold.
 
     Raises `NiooddError` for a function without a name."""
-    if isinstance(self.score, str): return dict(score=self.score, **Detector.arguments(self))
+    if isinstance(self.score, str): return Detector.arguments(self)
     raise NiooddError(f"{self.baseline.name} is a function, which no file can hold; "
                       "expected a score with a name; "
                       "register it with @logits_score() and give the detector its name")

@@ -42,6 +42,7 @@ class TrustIntervalDetector(Detector):
 
     A measure of `nioodd.trust.agreement` (paper 2, §2.3)."""
     info = ood_api.DetectorInfo(tasks={ood_api.Task.CLASSIFICATION})
+    restored_arguments = ("sigma",)
 
     def __init__(self,
         model: nn.Module, # Images → logits [B, K]
@@ -72,8 +73,7 @@ class TrustIntervalDetector(Detector):
 def arguments(self: TrustIntervalDetector) -> dict[str, Any]:
     "What the constructor takes beside model, σ and threshold, for JSON."
     drawn = self.siblings or self
-    return dict(measure=self.measure, n=drawn.n, seed=drawn.seed, distribution=self.distribution,
-                classes=self.classes, n_known=self.n_known)
+    return Detector.arguments(self) | dict(n=drawn.n, seed=drawn.seed)
 
 # %% ../../nbs/trust/04_detector.ipynb #28906fdb
 @patch
@@ -106,7 +106,8 @@ def sibling_logits(self: TrustIntervalDetector,
     "Logits of all siblings, the network's own first, in eval mode."
     self.check_input(x)
     if self.exported_networks:
-        return torch.stack([call_network(network, as_input(x)) for network in self.exported_networks])
+        x = as_input(x, None, self.preparation)
+        return torch.stack([call_network(network, x) for network in self.exported_networks])
     siblings = self.drawn_siblings()
     logits = [siblings.logits(as_input(part, self.model)) for part in x.split(batch_size)]
     return torch.cat(logits, 1).cpu()

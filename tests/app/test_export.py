@@ -96,6 +96,12 @@ def flat(gain=1.0):
     return net.eval()
 
 
+def without_repeated_blocks(body: nn.Sequential) -> nn.Sequential:
+    "A residual network's body with one block of each kind: the others, of the same layers, take as long to translate."
+    kinds = {str(block): block for block in body[2:-3]}
+    return nn.Sequential(*body[:2], *kinds.values(), *body[-3:])
+
+
 @pytest.mark.parametrize("name, suffix", [("C3", ".onnx"), ("linear", ".onnx"), ("C1", ".pt2"), ("C4", ".pt2")])
 def test_any_network(name, suffix, tmp_path):
     if suffix == ".onnx": needs_onnx()
@@ -103,6 +109,7 @@ def test_any_network(name, suffix, tmp_path):
         net, shape = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)), SHAPE
     else:
         net = ARCHITECTURES[name]()
+        if name == "C3": net.body = without_repeated_blocks(net.body)
         shape = (net.arguments["channels"], net.arguments["size"], net.arguments["size"])
     x, state = images(120, shape=shape), net.train().state_dict()
     before = {k: t.clone() for k, t in state.items()}

@@ -14,6 +14,7 @@ from nioodd.core.datasets import load
 from nioodd.core.detector import Detector
 from nioodd.core.errors import NiooddError
 from nioodd.core.options import with_values
+from nioodd.inversion import report
 from nioodd.inversion.config import Config
 from nioodd.inversion.loop import config_problem, run
 from nioodd.inversion.report import before_after, format_table, write_report
@@ -35,6 +36,15 @@ def plain(tmp_path_factory):
 def trust(plain):
     folder = plain.parent / "trust"
     assert main(["trust", "fit", str(plain), "--out", str(folder), "--set", "steps=20", "--set", "members=3"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unheld(tmp_path_factory):
+    "A run that held out no images, before its first round: to be read only."
+    folder = tmp_path_factory.mktemp("unheld") / "run"
+    values = ["id_set=digits5k", "ood_sets=letters", "ood_split=test", "size=12", "train_images=600", "rounds=0"]
+    run(with_values(Config(), values), folder, progress=False)
     return folder
 
 
@@ -106,7 +116,8 @@ def test_bad_input_is_one_line(plain, trust, tmp_path, capsys):
     assert "holds a" in error(capsys, "train", "C1", *SMALL, "--out", plain)
 
 
-def test_a_run_shows_both_methods(tmp_path):
+def test_a_run_shows_both_methods(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "png", lambda figure: b"a picture")  # tests/inversion/test_report.py has them drawn
     values = ["id_set=digits5k", "ood_sets=letters", "ood_split=test", "size=12", "train_images=600", "rounds=1",
               "samples=33", "generator_steps=4", "eval_images=60", "trust_steps=5"]
     run(with_values(Config(), values), tmp_path / "run", progress=False)
@@ -176,10 +187,8 @@ def test_garbage_for_certain_is_not_known():
     assert known[0] > known[1] + 10 and all_outputs[0] < known[0] - 10
 
 
-def test_a_run_without_held_out_images_gets_a_threshold(tmp_path, capsys):
-    values = ["id_set=digits5k", "ood_sets=letters", "ood_split=test", "size=12", "train_images=600", "rounds=0"]
-    run(with_values(Config(), values), tmp_path / "run", progress=False)
-    fit = fit_folder(tmp_path / "run", tmp_path / "guard", TrustOptions(steps=3), progress=False)
+def test_a_run_without_held_out_images_gets_a_threshold(unheld, tmp_path):
+    fit = fit_folder(unheld, tmp_path / "guard", TrustOptions(steps=3), progress=False)
     assert "test images" in fit["threshold_from"] and fit["watched"] == "training"
     assert Detector.load(tmp_path / "guard").is_ood(load("uniform", n=20, size=12, channels=1).images).shape == (20,)
 
@@ -227,10 +236,8 @@ def test_guard_is_what_the_command_prints(plain, tmp_path, capsys):
     assert torch.equal(loaded.predict(images), made.detector.predict(images))
 
 
-def test_guard_without_held_out_images_says_so(tmp_path):
-    values = ["id_set=digits5k", "ood_sets=letters", "ood_split=test", "size=12", "train_images=600", "rounds=0"]
-    run(with_values(Config(), values), tmp_path / "run", progress=False)
-    made = guard(tmp_path / "run", tmp_path / "g", progress=False)
+def test_guard_without_held_out_images_says_so(unheld, tmp_path):
+    made = guard(unheld, tmp_path / "g", progress=False)
     assert made.tested_by is None and made.rejected is None and "the test images had to serve" in str(made)
     letters = load("letters", size=12, channels=1, n=100).images
     assert made.detector.logits(letters[:1]).shape[1] == 11  # Garbage is no class that a letter may be told to be

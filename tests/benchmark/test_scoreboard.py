@@ -264,6 +264,14 @@ def test_damaged_results(tmp_path):
     assert missing(some(("energy",), ("cifar10", "svhn")), tmp_path) == some(("energy",), ("svhn",))
     (tmp_path / "C1-seed0.jsonl").write_text('{"network": "C1"')
     with pytest.raises(NiooddError, match="not JSON lines"): read_rows(tmp_path)
+    for content in (b"\xff", b"[" * 100_000):
+        (tmp_path / "x.jsonl").write_bytes(content)
+        with pytest.raises(NiooddError, match="not JSON lines"): read_rows(tmp_path / "x.jsonl")
+    cell = dict(network="C1", seed=0, detector="msp", ood="letters")
+    for wrong in (dict(network=[]), dict(seed="0"), dict(auroc="high"), dict(weights=None), dict(score_seconds={})):
+        (tmp_path / "x.jsonl").write_text(json.dumps(cell | wrong))
+        with pytest.raises(NiooddError, match="no rows"): read_rows(tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").unlink()
 
 
 @pytest.mark.parametrize("call, says", [

@@ -514,9 +514,33 @@ def test_a_registered_noise_has_any_size_and_number(sources):
 def test_what_cannot_be_registered(sources):
     refused(data_set, "x", "unknown", 1, "?", says=["unknown kind of image set 'unknown'", "ID, OOD, noise"])
     refused(data_set("mnist", "ID", 1, "mine"), grey, says=["'mnist'", "taken", "nioodd.core.datasets"])
-    data_set("own", "OOD", 1, "mine")(grey)
-    assert data_set("own", "OOD", 2, "mine, again")(grey) is grey and SOURCES["own"].n == 2
+    def read(**_): return None
+    data_set("own", "OOD", 1, "mine")(read)
+    assert data_set("own", "OOD", 2, "mine, again")(read) is read and SOURCES["own"].n == 2
     assert SOURCES["mnist"].n == 70_000
+
+
+@pytest.mark.parametrize("name", ["own-inverted", "own[1]", "folder:own", "a,b", "", " own", 3])
+def test_names_that_stand_for_something_else(sources, name):
+    refused(data_set, name, "OOD", 1, "mine", says=["no image set can be called", "-inverted"])
+
+
+def test_readers_that_cannot_be_called(sources):
+    def lacks_rest(split, root): return None
+    def wants_more(path, **_): return None
+    def noise_by_name(*, start, stop, size, channels, seed): return None
+    says = ["reader of own cannot be called", "def lacks_rest(split, root, **_)"]
+    refused(data_set("own", "OOD", 1, "mine"), lacks_rest, says=says)
+    refused(data_set("own", "OOD", 1, "mine"), wants_more, says=["'path'", "(split, root, **_)"])
+    refused(data_set("own", "noise", 1, "mine"), noise_by_name, says=["(start, stop, size, channels, seed)"])
+    assert "own" not in SOURCES
+
+
+def test_noise_of_another_kind_is_refused(sources):
+    data_set("floats", "noise", 1, "mine")(lambda start, stop, size, channels, seed: torch.zeros(stop - start, 1, 9, 9))
+    refused(load, "floats", n=2, says=["reader of floats returned torch.float32 [2, 1, 9, 9]", "uint8 [2, 1, 28, 28]"])
+    data_set("none", "noise", 1, "mine")(lambda *_: None)
+    refused(load, "none", n=2, says=["returned NoneType"])
 
 
 def test_a_reader_that_returns_no_image_set(sources):

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nioodd.core.detector import Detector
+from nioodd.core.detector import DETECTORS, Detector, all_images, detector_class, known_images
 from nioodd.core.errors import NiooddError
-from nioodd.core.forward import as_input, batches, is_channels_last, logits_of
+from nioodd.core.forward import KeptImages, as_input, batches, is_channels_last, logits_of
 from nioodd.core.images import to_input
 from nioodd.core.models import Classifier
 from nioodd.inversion.detector import GarbageDetector
@@ -274,6 +274,109 @@ def test_what_a_subclass_learns_is_saved_too(network, tmp_path):
     with pytest.raises(NiooddError, match="unknown kind of detector 'GarbageDetector'"): Shifted.load(plain)
 
 
+def saved(d, folder): return Detector.load(d.save(folder))
+
+
+def test_arguments_of_a_subclass_are_saved(network, tmp_path):
+    class Scaled(GarbageDetector):
+        def __init__(self, model, scale=1.0, part=None, **more):
+            super().__init__(model, **more)
+            self.scale, self.part = scale, part
+
+        def predict(self, x): return self.scale * super().predict(x)
+    d = Scaled(network, scale=3.0, classes=["a", "b", "c"]).fit(held_out=images(30))
+    again = saved(d, tmp_path/"a")
+    assert again.scale == 3 and again.part is None and again.classes == d.classes
+    assert torch.equal(again.predict(images(5)), d.predict(images(5)))
+    d.part = ["left", 2]
+    assert saved(d, tmp_path/"b").part == ["left", 2]
+    for value in (torch.ones(2), float("nan"), {1, 2}):
+        d.part = value
+        with pytest.raises(NiooddError, match="could not be read again"): d.save(tmp_path/"c")
+    assert not (tmp_path/"c").exists()
+
+
+def test_an_argument_that_would_be_lost_is_named(network, tmp_path):
+    class Forgets(Detector):
+        def __init__(self, model, power=2, **more):
+            super().__init__(model, **more)
+            self.exponent = power
+
+        def predict(self, x): return self.logits(x).amax(1) ** self.exponent
+    with pytest.raises(NiooddError, match="power of Forgets would be lost"): Forgets(network).save(tmp_path/"d")
+
+    class Says(Forgets):
+        def arguments(self): return dict(power=self.exponent)
+    assert saved(Says(network, 3), tmp_path/"says").exponent == 3
+
+    class Drops(Forgets):
+        def arguments(self): return {}
+    with pytest.raises(NiooddError, match="argument power of Drops would be lost"): Drops(network).save(tmp_path/"d")
+
+    class Stubborn(Detector):
+        def __init__(self, model): super().__init__(model)
+        def predict(self, x): return self.logits(x).amax(1)
+    with pytest.raises(NiooddError, match="load could not make this Stubborn again .*threshold"):
+        Stubborn(network).save(tmp_path/"d")
+    assert not (tmp_path/"d").exists()
+
+
+def test_what_a_subclass_learns_and_would_lose_is_named(network, tmp_path):
+    class Means(Detector):
+        requires_fit = True
+        def learn(self, train, held_out):
+            self.mean = train.double().mean()
+            return held_out
+
+        def predict(self, x): return (x.double().mean((1, 2, 3)) - self.mean).abs()
+    d = Means(network)
+    with pytest.raises(NiooddError, match="this Means has no mean; expected it from learn, .* call fit"):
+        d.predict(images(2))
+    assert not hasattr(d, "mean") and copy.deepcopy(d).threshold is None
+    d.fit(images(50), images(30, seed=1))
+    with pytest.raises(NiooddError, match="Means has a learn of its own but no learnt"): d.save(tmp_path/"a")
+
+    class Half(Means):
+        def learnt(self): return dict(mean=self.mean)
+    with pytest.raises(NiooddError, match="Half has a learn .* no restore"): Half(network).save(tmp_path/"a")
+
+    class Takes(Half):
+        def restore(self, tensors): self.mean = tensors["means"]
+    folder = Takes(network).fit(images(50), images(30, seed=1)).save(tmp_path/"b")
+    with pytest.raises(NiooddError, match="lacks 'means', which Takes.restore takes"): Detector.load(folder)
+
+    class Nothing(Takes):
+        def restore(self, tensors): pass
+    again = saved(Nothing(network).fit(images(50), images(30, seed=1)), tmp_path/"c")
+    with pytest.raises(NiooddError, match="this Nothing has no mean"): again.predict(images(2))
+
+
+def test_a_constructor_that_does_not_call_its_base(network):
+    class Bare(Detector):
+        def __init__(self, model): self.power = 2
+        def predict(self, x): return self.logits(x).amax(1)
+    with pytest.raises(NiooddError, match=r"this Bare has no \w+; expected a constructor that begins with super"):
+        Bare(network).predict(images(2))
+
+
+def test_two_detectors_of_one_name():
+    def define(module):
+        return type("Twice", (Detector,), {"__module__": module, "predict": lambda self, x: x.flatten(1).sum(1)})
+    first = define("a.notebook")
+    second = define("a.notebook")  # as when a cell is run again
+    assert detector_class(Detector, "Twice") is second is not first
+    with pytest.raises(NiooddError, match="'Twice' is a.notebook.Twice already; expected a new name"): define("other")
+    assert detector_class(Detector, "Twice") is second
+    del DETECTORS["Twice"]
+
+
+def test_classes_are_texts(network, tmp_path):
+    d = GarbageDetector(network, classes=torch.arange(3).tolist(), threshold=0.0)
+    assert saved(d, tmp_path/"d").classes == d.classes == ["0", "1", "2"]
+    with pytest.raises(NiooddError, match="could not be read again"):
+        GarbageDetector(network, threshold=float("inf")).save(tmp_path/"e")
+
+
 def test_as_input_keeps_floats_as_they_are():
     x = torch.randn(2, *SHAPE, dtype=torch.float64)
     assert as_input(x) is x
@@ -321,3 +424,75 @@ def test_the_layout_of_a_network_for_grey_images_is_kept():
     net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)).to(memory_format=torch.channels_last)
     assert is_channels_last(net)
     assert not is_channels_last(nn.Sequential(nn.Conv2d(1, 8, 3)))
+
+
+# Any amount of images
+
+class Passed(torch.utils.data.Dataset):
+    "A data set that remembers which of its images were asked for."
+    def __init__(self, n): self.n, self.asked = n, []
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        self.asked.append(i)
+        return torch.full(SHAPE, i % 251, dtype=torch.uint8), i % 4
+
+
+def test_of_a_data_set_only_the_sample_is_read():
+    data = Passed(1000)
+    x, y = known_images(data, n=50)
+    assert len(x) == len(y) == 50 and len({*data.asked}) <= 51 and 300 < sum(data.asked[1:]) / 50 < 700
+    assert torch.equal(x, known_images(Passed(1000), n=50)[0])
+    assert not torch.equal(x, known_images(Passed(1000), 50, seed=1)[0])
+
+
+@pytest.mark.parametrize("n, batch", [(None, 64), (100, 64), (100, 7), (1000, 64), (5000, 64)])
+def test_a_sample_in_a_file_is_the_sample_in_memory(n, batch, monkeypatch):
+    x = torch.randint(256, (1000, *SHAPE), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    loader = DataLoader(TensorDataset(x), batch)
+    in_memory = all_images(loader, n)
+    monkeypatch.setattr("nioodd.core.detector.IN_MEMORY", 50 * x[0].nbytes)
+    in_file = all_images(loader, n, file=True)
+    assert isinstance(in_memory, torch.Tensor) and isinstance(in_file, KeptImages)
+    assert torch.equal(in_memory, in_file[:])
+
+
+def test_a_sample_is_uniform_also_from_a_file(monkeypatch):
+    monkeypatch.setattr("nioodd.core.detector.IN_MEMORY", 1)
+    x, counts = torch.arange(100, dtype=torch.uint8).view(-1, 1, 1, 1), torch.zeros(100)
+    for seed in range(400): counts[known_images([x[:30], x[30:]], 10, seed, file=True)[0][:].flatten().long()] += 1
+    assert counts.sum() == 4000 and (counts - 40).abs().max() < 5 * 40 ** 0.5
+
+
+def test_images_of_two_shapes_are_refused_also_from_a_file(monkeypatch):
+    monkeypatch.setattr("nioodd.core.detector.IN_MEMORY", 1)
+    for n in (None, 3, 10):
+        with pytest.raises(NiooddError, match="batches differ"):
+            all_images([torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 9)], n, file=True)
+
+
+# How a picture becomes input
+
+def test_a_preparation_is_saved_and_comes_back(network, own, tmp_path):
+    user = own()
+    for k, (net, given) in enumerate([(network, None), (user, user)]):
+        detector = GarbageDetector(net, 3, mean=0.2, std=0.3, size=8).fit(held_out=images(100))
+        again = Detector.load(detector.save(tmp_path / str(k)), model=copy.deepcopy(given))
+        assert again.preparation == detector.preparation and again.size == 8
+        verdict, x = again.verdict(images(9, seed=1)), images(9, seed=1)
+        for name, v in detector.verdict(x).items(): assert torch.equal(verdict[name], v)
+        described = json.loads((tmp_path / str(k) / "detector.json").read_text())
+        assert described["format"] == 2 and described["network"]["preparation"]["mean"] == [0.2]
+        described["network"]["preparation"]["mean"] = "0.2"
+        (tmp_path / str(k) / "detector.json").write_text(json.dumps(described))
+        with pytest.raises(NiooddError, match="mean"): Detector.load(tmp_path / str(k), model=given)
+    described = json.loads((GarbageDetector(network, 3).save(tmp_path / "plain") / "detector.json").read_text())
+    assert described["format"] == 1 and "preparation" not in described["network"]  # Older versions read it
+
+
+def test_floats_as_a_loader_prepares_them_and_bytes_are_one(network):
+    x = images(200)
+    def normal(x): return (x.float() / 255 - 0.2) / 0.3
+    detector = GarbageDetector(network, 3, mean=0.2, std=0.3).fit(held_out=normal(x))
+    assert detector.reads == "bytes" and torch.allclose(detector.predict(x), detector.predict(normal(x)), atol=1e-5)
+    assert GarbageDetector(network, 3).fit(held_out=normal(x)).reads == "floats"
+    with pytest.raises(TypeError, match="maen"): GarbageDetector(network, 3, maen=0.2)

@@ -35,6 +35,13 @@ def fails(call, *words):
     for word in words: assert word in str(e.value)
 
 
+def test_the_name_of_the_checksum_is_under_it_too(tmp_path):
+    "A file whose checksum has another name is no older one without a checksum."
+    path = save_tensors(tmp_path/"t.safetensors", dict(a=torch.arange(5.)))
+    path.write_bytes(path.read_bytes().replace(b'"sha256"', b'"sha257"'))
+    with pytest.raises(NiooddError, match="its head is another"): load_tensors(path)
+
+
 def test_the_grammar_of_addresses_waits_until_it_is_asked_for(tmp_path, monkeypatch):
     (tmp_path/"rfc3987_syntax.py").write_text("def is_valid_syntax(rule, text): return (rule, text) == ('iri', 'good')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -2,8 +2,20 @@
 import pytest
 import torch
 
-from nioodd.core.forward import logits_and_features
-from nioodd.core.models import ARCHITECTURES, architecture
+from nioodd.core.forward import (
+    KeptImages,
+    Prepared,
+    as_input,
+    bare,
+    batches,
+    logits_and_features,
+    logits_of,
+    preparation_of,
+    prepared,
+    take,
+)
+from nioodd.core.images import Preparation
+from nioodd.core.models import ARCHITECTURES, Classifier, architecture
 
 
 @pytest.mark.parametrize("name", sorted(ARCHITECTURES))
@@ -16,3 +28,52 @@ def test_features_are_what_the_output_layer_reads(name, size, channels, n_output
     logits, features = logits_and_features(net, x)
     z = net(x)
     assert torch.equal(logits, z) and torch.equal(net.body[-1](features), z)
+
+
+def bytes_of(n, size=8):
+    rng = torch.Generator().manual_seed(0)
+    return torch.randint(256, (n, 1, size, size), dtype=torch.uint8, generator=rng)
+
+
+def test_bytes_are_prepared_and_floats_are_taken_as_they_are():
+    net, x = Classifier(3, size=8).eval(), bytes_of(5)
+    model = prepared(net, mean=0.2, std=0.3)
+    assert preparation_of(model) == Preparation(8, 1, mean=(0.2,), std=(0.3,))
+    assert torch.equal(logits_of(model, x), logits_of(net, (x.float() / 255 - 0.2) / 0.3))
+    floats = torch.randn(5, 1, 8, 8)
+    assert torch.equal(logits_of(model, floats), logits_of(net, floats))
+    assert torch.equal(as_input(x, None, preparation_of(model)), as_input(x, model))
+
+
+def test_a_preparation_is_put_round_a_network_once():
+    net = Classifier(3, size=8)
+    assert prepared(net) is net and prepared(net, mean=None) is net
+    twice = prepared(prepared(net, mean=0.2), std=0.3)
+    assert bare(twice) is net and twice.network is net and preparation_of(twice).mean == (0.2,)
+    assert preparation_of(torch.nn.DataParallel(twice)) == preparation_of(twice)
+    assert Prepared(net.eval(), Preparation()).training is False
+    with pytest.raises(TypeError, match="maen"): prepared(net, maen=0.2)
+    with pytest.raises(ValueError, match="takes 8×8"): as_input(bytes_of(2, 9), twice)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64, torch.bfloat16])
+def test_images_in_a_file_come_back(dtype):
+    x = torch.randn(50, 3, 5, 7).mul(50).to(dtype)
+    kept = KeptImages(x.shape[1:], dtype)
+    order = torch.randperm(50)
+    kept.write(x[order], order)
+    kept.rows = torch.arange(50)
+    assert (kept.shape, kept.ndim, len(kept), kept.dtype) == (x.shape, 4, 50, dtype)
+    assert torch.equal(kept[:], x) and torch.equal(kept[40:60], x[40:])
+    some = take(take(kept, order), slice(3, 20))
+    assert torch.equal(torch.cat([*some.split(6)]), take(x[order], slice(3, 20)))
+    kept.write(x[:1] + 1, torch.tensor([7]))
+    assert torch.equal(kept[7:8], x[:1] + 1) and torch.equal(kept[8:], x[8:])
+
+
+def test_batches_of_images_in_a_file_are_those_of_a_tensor():
+    net, x = Classifier(3, size=8), torch.randn(700, 1, 8, 8)
+    kept = KeptImages(x.shape[1:], x.dtype)
+    kept.write(x, torch.arange(700))
+    kept.rows = torch.arange(700)
+    for a, b in zip(batches(net, x), batches(net, kept), strict=True): assert torch.equal(a, b)

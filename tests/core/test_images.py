@@ -1,4 +1,5 @@
 """The path to a network's input, arrays, image files and folders of them, and a one-line error for each bad input."""
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,17 @@ from fake_sets import grey, picture, refused
 from PIL import Image
 
 from nioodd.core.images import (
+    ImageFiles,
     ImageSet,
+    Preparation,
     check_classes,
     from_arrays,
+    list_folder,
+    prepare,
+    read_ahead,
     read_folder,
     read_images,
+    read_preparation,
     resize,
     to_input,
     to_uint8,
@@ -37,9 +44,94 @@ def test_to_uint8_and_to_input_leave_their_argument_alone():
 @pytest.mark.parametrize("shape,size", [((40, 40), 28), ((33, 57), 28), ((20, 20), 64), ((300, 200), 28)])
 def test_resize_agrees_with_pil(shape, size):
     rgb = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    ours = resize(torch.from_numpy(rgb).permute(2, 0, 1)[None], size, 1)[0, 0].int()
-    pil = Image.fromarray(rgb).convert("L").resize((size, size), Image.Resampling.BILINEAR)
-    assert (ours - torch.from_numpy(np.array(pil).astype(int))).abs().max() <= 3
+    x = torch.from_numpy(rgb).permute(2, 0, 1)[None]
+    grey = Image.fromarray(rgb).convert("L")
+    squashed = prepare(x, Preparation(size, 1, keep_aspect=False))[0, 0].int()
+    pil = grey.resize((size, size), Image.Resampling.BILINEAR)
+    assert (squashed - torch.from_numpy(np.array(pil).astype(int))).abs().max() <= 3
+    h, w = (size * side // min(shape) for side in shape)
+    pil = torch.from_numpy(np.array(grey.resize((w, h), Image.Resampling.BILINEAR)).astype(int))
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    assert (resize(x, size, 1)[0, 0].int() - pil[top:top + size, left:left + size]).abs().max() <= 3
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest"])
+@pytest.mark.parametrize("shape", [(40, 30), (31, 64), (32, 32), (100, 399)])
+@pytest.mark.parametrize("size, to", [(32, None), (28, 32), (16, 40)])
+def test_pictures_are_prepared_as_torchvision_does(shape, size, to, interpolation):
+    from torchvision.transforms import v2
+    x = torch.randint(256, (2, 3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mode = v2.InterpolationMode(interpolation)
+    theirs = v2.Compose([v2.Resize(to or size, mode, antialias=True), v2.CenterCrop(size)])
+    p = read_preparation(v2.Compose([*theirs.transforms, v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                                     v2.Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))]))
+    assert (p.size, p.resize, p.mean, p.std) == (size, to or size, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
+    assert torch.equal(prepare(x, p), theirs(x))
+    normal = v2.functional.normalize(theirs(x) / 255, p.mean, p.std)
+    assert torch.equal(to_input(prepare(x, p), p), normal)
+
+
+def test_of_a_very_long_picture_only_the_middle_is_resized():
+    x = torch.zeros(1, 1, 2, 3_000_000, dtype=torch.uint8)
+    x[..., 1_499_998:1_500_002] = 255
+    assert (resize(x, 64) > 0).any() and resize(x, 64).shape == (1, 1, 64, 64)
+
+
+@pytest.mark.parametrize("transform, expected", [
+    (dict(input_size=(3, 224, 224), crop_pct=0.9, interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3),
+     dict(size=224, resize=248, interpolation="bicubic", channels=3)),
+    (dict(input_size=(3, 64, 64), crop_mode="squash", mean=(0.5,) * 3, std=(0.5,) * 3),
+     dict(size=64, resize=None, keep_aspect=False)),
+    (dict(size={"height": 32, "width": 32}, resample=3, image_mean=[0.1] * 3, image_std=[0.2] * 3),
+     dict(size=32, keep_aspect=False, interpolation="bicubic", mean=(0.1,) * 3)),
+    (dict(size={"shortest_edge": 224}, crop_pct=0.875, resample=2, image_mean=[0.1] * 3, image_std=[0.2] * 3),
+     dict(size=224, resize=256, keep_aspect=True)),
+    (dict(size={"shortest_edge": 40}, do_center_crop=True, crop_size=32, do_normalize=False),
+     dict(size=32, resize=40, mean=(0.,))),
+])
+def test_preparations_of_timm_and_hugging_face(transform, expected):
+    p = read_preparation(transform)
+    assert {name: getattr(p, name) for name in expected} == expected
+    assert Preparation(**asdict(p)) == p  # As it comes back from JSON
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (dict(size=0), "size"), (dict(channels=2), "channels"), (dict(std=0), "std"), (dict(mean="a"), "mean"),
+    (dict(mean=(1, 2)), "mean"), (dict(mean=float("nan")), "mean"), (dict(interpolation="lanczos"), "bicubic"),
+    (dict(size=32, resize=16), "resize"), (dict(resize=16), "resize"),
+    (dict(channels=1, mean=(1, 2, 3)), "one channel"),
+    (dict(size=32, resize=40, keep_aspect=False), "resize"),
+])
+def test_preparations_that_make_no_sense(wrong, says): refused(read_preparation, says=[says], **wrong)
+
+
+@pytest.mark.parametrize("transform", [
+    dict(size={"shortest_edge": 40}, rescale_factor=1),
+    dict(size={"height": 3, "width": 4}, image_mean=[0], image_std=[1]),
+    dict(input_size=(3, 32, 48), mean=(0,), std=(1,)), lambda x: x, "imagenet", dict(a=1), torch.nn.ReLU()])
+def test_transforms_whose_effect_is_not_known(transform): refused(read_preparation, transform)
+
+
+def test_files_are_read_ahead_in_order_and_a_bad_one_does_not_end_it(tmp_path):
+    for k in range(10): picture(tmp_path / f"{k}.png", 20 * k)
+    (tmp_path / "5.png").write_bytes(b"")
+    paths = [tmp_path / f"{k}.png" for k in range(10)]
+    found = []
+    for part, images in read_ahead([paths[:3], paths[3:4], [], paths[4:]], Preparation(4, 1), ahead=1):
+        found += [*zip(part, images)]
+    assert [p for p, _ in found] == paths
+    assert [x.unique().tolist() for k, (_, x) in enumerate(found) if k != 5] == [[20 * k] for k in range(10) if k != 5]
+    assert "5.png" in str(found[5][1])
+
+
+def test_a_data_set_of_files(tmp_path):
+    for k, c in enumerate("aab"):
+        (tmp_path / c).mkdir(exist_ok=True)
+        picture(tmp_path / c / f"{k}.png", 20 * k)
+    files = ImageFiles(list_folder(tmp_path), Preparation(4, 3))
+    assert len(files) == 3 and [files[k][1] for k in range(3)] == [0, 0, 1]
+    assert torch.equal(files[2][0], torch.full((3, 4, 4), 40, dtype=torch.uint8))
+    assert len(ImageFiles(list_folder(tmp_path / "a"), Preparation(4, 3))[0]) == 1  # no label
 
 
 def test_luma_is_pils_for_every_kind_of_colour():

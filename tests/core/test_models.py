@@ -275,6 +275,53 @@ def test_registering_again_replaces_and_a_taken_name_is_refused(tiny):
     assert "my vgg" not in ARCHITECTURES and NETWORKS["VGG16"] is ARCHITECTURES["C2"]
 
 
+def own(constructor, **members):
+    "An architecture \"own\" with this constructor."
+    return named_architecture("own")(type("Own", (Architecture,), {"__init__": constructor, **members}))
+
+
+@pytest.fixture
+def no_own():
+    yield
+    ARCHITECTURES.pop("own", None), NETWORKS.pop("Own", None)
+
+
+def flat(n_outputs, channels, size): return nn.Sequential(nn.Flatten(), nn.Linear(channels * size**2, n_outputs))
+
+
+def test_what_an_own_architecture_lacks_is_said(no_own):
+    def no_body(self, n_outputs=3, channels=1, size=16): Architecture.__init__(self, n_outputs, channels, size)
+
+    def no_super(self, n_outputs=3, channels=1, size=16): self.body = flat(n_outputs, channels, size)
+
+    def modules_only(self, n_outputs=3, channels=1, size=16): nn.Module.__init__(self)
+
+    def ten_outputs(self, n_outputs=3, channels=1, size=16):
+        Architecture.__init__(self, n_outputs, channels, size)
+        self.body = flat(10, channels, size)
+
+    def one_size(self, n_outputs=3, channels=1, size=16):
+        Architecture.__init__(self, n_outputs, channels, size)
+        self.body = flat(n_outputs, channels, 16)
+
+    def loses(self, n_outputs=3, channels=1, size=16, width=8):
+        Architecture.__init__(self, n_outputs, channels, size)
+        self.body = flat(n_outputs, channels, size)
+    for constructor, size, says in (
+            (no_body, 16, "Own has no body"), (no_super, 16, "a Own cannot be made .* begins with super"),
+            (modules_only, 16, "a Own cannot be made .* begins with super"),
+            (ten_outputs, 16, r"Own gives \[2, 10\] for two images; expected logits \[2, 3\]"),
+            (one_size, 20, "Own cannot take its own images"), (loses, 16, "Own would lose width in saving")):
+        own(constructor)
+        with pytest.raises(NiooddError, match=says) as e: architecture("own", 3, size=size)
+        assert "\n" not in str(e.value)
+    own(no_body, forward=lambda self, x: (x, x))
+    with pytest.raises(NiooddError, match="Own gives tuple"): architecture("own", 3)
+    own(one_size)
+    net = architecture("own", 3)
+    assert net.training and net.arguments == dict(n_outputs=3, channels=1, size=16)
+
+
 def test_a_class_without_defaults_or_no_architecture_is_refused():
     class Sizeless(Architecture):
         def __init__(self, n_outputs=10, channels=1): super().__init__(n_outputs, channels, 28)

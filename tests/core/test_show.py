@@ -37,6 +37,18 @@ def test_show_errors():
     fails(lambda: show.score_histogram([float("inf")], {}), "'ID'")
 
 
+def test_names_that_are_no_text_are_drawn():
+    "Names of files may hold bytes that are no UTF-8; Python keeps them as surrogates."
+    name = b"caf\xe9 $x$".decode(errors="surrogateescape")
+    for figure in (show.heatmap([[0.1, 0.9]], [name], [name, "b"], title=name, xlabel=name, label=name),
+                   show.prediction_histogram({name: torch.tensor([0, 1, 1])}, [name, "garbage"])):
+        show.png(figure)
+        figure.axes[0].set_xticks([0, 1], [name, "b"])  # as anybody's own code may
+        assert show.png(figure) == show.png(figure)
+        labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+        assert labels == ["caf\\udce9 $x$", "b"]
+
+
 @pytest.mark.parametrize("size, channels", [(8, 1), (28, 1), (40, 3), (200, 3)])
 def test_grid_shows_every_pixel(size, channels):
     "The mosaic holds the images unchanged, at any size; small ones are enlarged by a whole number."

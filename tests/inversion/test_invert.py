@@ -222,6 +222,22 @@ def test_losses_that_cannot_be(brightness):
     with pytest.raises(NiooddError, match="did you mean 'cosine'"): inversion_loss(batch, loss_options={"cosin": {}})
 
 
+def test_losses_that_are_no_tensors_or_have_no_gradient(brightness):
+    quiet = dict(n=4, steps=1, batch_size=4, progress=False, weights={"brightness": 1.0})
+    for value, says in ((lambda b: 0.5, "gives a float"), (lambda b: b.images.mean().item(), "gives a float"),
+                        (lambda b: None, "gives a NoneType"), (lambda b: b.images.detach().mean(), "has no gradient")):
+        generator_loss("brightness")(value)
+        with pytest.raises(NiooddError, match=f"'brightness' {says}") as e: invert(linear(1, 8, 3), **quiet)
+        assert "\n" not in str(e.value)
+
+
+def test_a_loss_does_not_take_anothers_name(brightness):
+    def loss(batch): return batch.images.mean()
+    with pytest.raises(NiooddError, match="'kl' is taken by a loss of nioodd.inversion.invert"):
+        generator_loss("kl")(loss)
+    assert LOSSES["kl"].weight == 500
+
+
 def test_image_shape():
     assert image_shape(Classifier(10, 3, 32)) == (3, 32, 10)
     assert image_shape(linear(1, 28, 2)) == (1, 28, 2)

@@ -602,3 +602,36 @@ def test_a_classifier_is_not_replaced_by_a_detector(detector, tmp_path):
     (tmp_path / "model.json").write_text("{}")
     with pytest.raises(NiooddError, match="holds a classifier"): detector.save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["model.json"]
+
+
+# Any amount of images, and layers by name
+
+def test_fitted_from_a_file_it_judges_as_fitted_from_memory(network, monkeypatch):
+    train, held_out, x = images(600), images(300, seed=1), images(50, seed=2)
+    loaders = [DataLoader(TensorDataset(part), 64) for part in (train, held_out)]
+    for given in (loaders, loaders[:1]):
+        a = LayerwiseDetector(network).fit(*given, n=250, bank=40)
+        with monkeypatch.context() as patch:
+            patch.setattr("nioodd.core.detector.IN_MEMORY", 100 * train[0].nbytes)
+            b = LayerwiseDetector(network).fit(*given, n=250, bank=40)
+        for name, v in a.verdict(x).items(): assert torch.equal(b.verdict(x)[name], v), name
+
+
+def test_copies_are_found_also_in_a_file(network, monkeypatch):
+    monkeypatch.setattr("nioodd.core.detector.IN_MEMORY", 1)
+    loader = DataLoader(TensorDataset(images(300)), 64)
+    with pytest.raises(NiooddError, match="held-out images are among the training images"):
+        LayerwiseDetector(network).fit(loader, loader)
+
+
+def test_layers_by_name_and_pattern(network, tmp_path):
+    train, held_out, x = images(300), images(200, seed=1), images(20, seed=2)
+    every = [*LayerwiseDetector(network).fit(train, held_out, bank=40).banks]
+    last = every[-1].partition(" ")[0]
+    for layers in (last, [last], [last[:-1] + "?"]):
+        detector = LayerwiseDetector(network, mean=0.4).fit(train, held_out, bank=40, layers=layers)
+        assert {name.partition(" ")[0] for name in detector.banks} == {"network." + last}
+        again = Detector.load(detector.save(tmp_path / "d"))
+        assert torch.equal(again.predict(x), detector.predict(x))
+    with pytest.raises(NiooddError, match="no layer .* fits 'conv9.*'"):
+        LayerwiseDetector(network).fit(train, held_out, layers=[last, "conv9*"])

@@ -1,0 +1,56 @@
+"""What each process of `torch.distributed` does in posthoc/test_ranks.py; they import it from here."""
+import os
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+
+from nioodd.core.detector import shared_images
+from nioodd.core.errors import NiooddError
+from nioodd.core.forward import SharedImages
+from nioodd.core.models import Classifier
+from nioodd.posthoc.layerwise import LayerwiseDetector
+
+
+def images(n, seed=0):
+    return torch.randint(256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Classifier(4, size=8)
+        net(torch.randn(64, 1, 8, 8))
+    return net.eval()
+
+
+TRAIN, HELD_OUT, NEW = images(600), images(301, 1), images(50, 2)
+
+
+class EveryOther(IterableDataset):
+    "A stream of which each process reads its part."
+    def __init__(self, x, rank, ranks): self.x = x[rank::ranks]
+    def __iter__(self): return iter(self.x)
+
+
+def given(kind, rank, ranks):
+    "Training and held-out images as this process has them."
+    if kind == "data set": return TensorDataset(TRAIN), HELD_OUT
+    if kind == "stream": return [DataLoader(EveryOther(x, rank, ranks), 50) for x in (TRAIN, HELD_OUT)]
+    samplers = [DistributedSampler(x, ranks, rank, shuffle=False, drop_last=False) for x in (TRAIN, HELD_OUT)]
+    return [DataLoader(TensorDataset(x), 50, sampler=s) for x, s in zip((TRAIN, HELD_OUT), samplers)]
+
+
+def fit(rank, ranks, kind, n, folder):
+    "What each process does."
+    torch.set_num_threads(1)
+    os.environ |= dict(MASTER_ADDR="localhost", GLOO_SOCKET_IFNAME="lo")
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=ranks)
+    detector = LayerwiseDetector(network()).fit(*given(kind, rank, ranks), n=n, bank=40, across_ranks=True)
+    assert 0 < len(shared_images(TRAIN, n).own) < 600  # It has a part of them
+    detector.save(f"{folder}/{rank}")
+    mine = SharedImages(TRAIN[rank::ranks], torch.arange(rank, 600, ranks), 600)
+    others = SharedImages(TRAIN[1 - rank::2], torch.arange(1 - rank, 600, 2), 600)
+    with pytest.raises(NiooddError, match="are among"): detector.see(mine, others)  # of another process
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
