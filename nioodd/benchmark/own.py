@@ -82,12 +82,18 @@ class OwnNetwork(TrainedNetwork):
         how = hashlib.sha256(repr(preparation_of(model)).encode()).hexdigest()[:8]
         self.weights = f"{network_fingerprint(model)}-{how}"
         self.found_as, self._images, self._hashes = {}, {}, {}
+        self._places: dict[str, str] = {} # Name on the board → `folder:PATH`
+
+    def name_set(self, name: str, place: str) -> None:
+        "Gives the set at `place`, a `folder:PATH`, a name for the board."
+        self._places[name] = place
 
     def images(self, name: str) -> Tensor: # uint8 [N, C, H, W]
         "The images of a set."
-        if not name.startswith("folder:"): return super().images(name)
+        place = self._places.get(name, name)
+        if not place.startswith("folder:"): return super().images(name)
         if name not in self._images:
-            self._images[name] = _some_of(name, "all", self.n, preparation_of(self.model), self.root).images
+            self._images[name] = _some_of(place, "all", self.n, preparation_of(self.model), self.root).images
         return self._images[name]
 
 # %% ../../nbs/benchmark/03_own.ipynb #51e59aad

