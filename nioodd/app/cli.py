@@ -7,7 +7,7 @@ __all__ = ['COMMANDS', 'GROUPS', 'ABOUT', 'ROOT', 'DEVICE', 'SET', 'FIELDS', 'OP
            'PREPARATION', 'SETS', 'NETWORKS', 'CELLS', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'KEPT', 'FROM_HEAP',
            'Argument', 'argument', 'Command', 'command', 'parser', 'keep_memory', 'main']
 
-# %% ../../nbs/app/04_cli.ipynb #5f7698a2
+# %% ../../nbs/app/04_cli.ipynb #d8d89f88
 import argparse
 import ctypes
 import hashlib
@@ -21,6 +21,7 @@ from itertools import count, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# %% ../../nbs/app/04_cli.ipynb #5f7698a2
 from .. import __version__
 from ..core.errors import NiooddError, printable, unknown
 from ..core.options import field_docs, names_in, settings, with_values
@@ -100,9 +101,10 @@ SET = argument("--set", action="append", default=[], metavar="OPTION=VALUE", des
 FIELDS = argument("--fields", action="store_true", help="list the options, and stop")
 OPTIONS = ROOT, DEVICE, SET, FIELDS
 
-# %% ../../nbs/app/04_cli.ipynb #522fd863
+# %% ../../nbs/app/04_cli.ipynb #8bc2726b
 DEVICES = ("cpu", "cuda", "mps", "xpu") # Kinds of devices that compute
 
+# %% ../../nbs/app/04_cli.ipynb #eb458928
 def _device(name: str) -> str:
     "A device that is there. Raises `NiooddError` for one that is not."
     import torch
@@ -116,16 +118,19 @@ def _device(name: str) -> str:
                           "leave out --device") from None
     return name
 
+# %% ../../nbs/app/04_cli.ipynb #878f3753
 def _print_fields(options) -> int:
     "The options of a data class, their values and sentences."
     for name, default, doc in field_docs(options): print(f"{name:20s} {default:30s} {doc}")
     return 0
 
+# %% ../../nbs/app/04_cli.ipynb #5f577b4e
 def _seed(text: str) -> int:
     "A seed that PyTorch takes, for argparse."
     if 0 <= (seed := int(text)) < 2**63: return seed
     raise argparse.ArgumentTypeError(f"{text} is no seed; expected 0 to 2⁶³ − 1")
 
+# %% ../../nbs/app/04_cli.ipynb #522fd863
 def _numbers(option: str, text: str, kind: type = int) -> tuple:
     "The numbers of `2,10`. Raises `NiooddError` for anything else."
     try: return tuple(kind(part) for part in text.split(","))
@@ -133,12 +138,13 @@ def _numbers(option: str, text: str, kind: type = int) -> tuple:
         expected = "whole numbers, as 2,10" if kind is int else "numbers, as 0.1,0.2"
         raise NiooddError(f"{option} is {text!r}; expected {expected}") from None
 
-# %% ../../nbs/app/04_cli.ipynb #66b3380d
+# %% ../../nbs/app/04_cli.ipynb #341d58cb
 def _names(stem: str) -> Iterator[Path]:
     "runs/STEM, runs/STEM-2, runs/STEM-3 …"
     yield Path("runs", stem)
     for n in count(2): yield Path("runs", f"{stem}-{n}")
 
+# %% ../../nbs/app/04_cli.ipynb #66b3380d
 def _folder(out: str | None, stem: str, resume: bool) -> Path:
     """`out`, or the first of `_names` that is free, or the last that is not, to resume.
 
@@ -279,7 +285,7 @@ def _train(a: argparse.Namespace) -> int:
     print(", ".join(f"{part} accuracy {v:.2%}" for part, v in known.items()), f"\nnetwork   {out}")
     return 0
 
-# %% ../../nbs/app/04_cli.ipynb #5ae563d9
+# %% ../../nbs/app/04_cli.ipynb #8b39e846
 MODEL_HELP = "the folder of a `nioodd train` or `nioodd run`"
 OWN_NETWORK = argument("--model", dest="network", metavar="MODULE:NAME",
                        help="a network of your own: what makes it, as my_module:build")
@@ -293,20 +299,19 @@ PREPARATION = (
     argument("--std", metavar="S,S,S", help="of pixels in [0, 1], divided by (default 0.5)"),
     argument("--squash", action="store_true", help="do not keep the aspect: squash images into SIZE×SIZE"))
 
+# %% ../../nbs/app/04_cli.ipynb #bca7697e
 def _preparation(a: argparse.Namespace) -> dict[str, Any]:
     "How pictures become the input of a network of the user's own."
     mean, std = (text and _numbers(option, text, float) for option, text in (("--mean", a.mean), ("--std", a.std)))
     keep_aspect = False if a.squash else None
     return dict(size=a.size, resize=a.resize, channels=a.channels, mean=mean, std=std, keep_aspect=keep_aspect)
 
-
+# %% ../../nbs/app/04_cli.ipynb #5ae563d9
 def _own_network(a: argparse.Namespace, weights: str | None = None):
     "The network that --model names, if there is one."
     if a.network is None: return None
     from nioodd.app.folders import own_network
     return own_network(a.network, weights)
-
-
 
 # %% ../../nbs/app/04_cli.ipynb #8fcc6081
 @command("trust fit",
@@ -444,12 +449,13 @@ def _export(a: argparse.Namespace) -> int:
     print(f"file      {e.path}, {e.path.stat().st_size / 1e6:.1f} MB")
     return 0
 
-# %% ../../nbs/app/04_cli.ipynb #09516fec
+# %% ../../nbs/app/04_cli.ipynb #9b55c747
 def _identity(path: Path) -> str: # 64 hexadecimal digits
     "The checksum of a detector's file; that of a folder is in its JSON."
     from nioodd.core.files import read_bytes
     return hashlib.sha256(read_bytes(path / "detector.json" if path.is_dir() else path)).hexdigest()
 
+# %% ../../nbs/app/04_cli.ipynb #09516fec
 def _load(a: argparse.Namespace):
     "A detector of a folder, or an exported one."
     if Path(a.run).is_file():
@@ -458,13 +464,14 @@ def _load(a: argparse.Namespace):
     from nioodd.core.detector import Detector
     return Detector.load(a.run, model=_own_network(a))
 
-# %% ../../nbs/app/04_cli.ipynb #f6e27cb8
+# %% ../../nbs/app/04_cli.ipynb #d6b3cc07
 def _shard(text: str) -> tuple[int, int]:
     "`3/64` for argparse."
     i, slash, n = text.partition("/")
     if slash and i.isdigit() and n.isdigit(): return int(i), int(n)
     raise argparse.ArgumentTypeError(f"{text!r} is no shard; expected I/N, as 3/64")
 
+# %% ../../nbs/app/04_cli.ipynb #f6e27cb8
 def _share(text: str) -> float:
     "A share in [0, 1] for argparse."
     with suppress(ValueError):
@@ -665,7 +672,7 @@ def _print_speed(a: argparse.Namespace, what: str, report: str, *names: str) -> 
 # %% ../../nbs/app/04_cli.ipynb #ec7fc2ab
 def _limit(a: argparse.Namespace) -> dict[str, float]: return {} if a.seconds is None else dict(limit=a.seconds)
 
-# %% ../../nbs/app/04_cli.ipynb #0962b805
+# %% ../../nbs/app/04_cli.ipynb #4c74ef82
 @command("bench photographs",
     argument("known", metavar="KNOWN", help="a folder with train and test (or val), a folder for each of ten classes"),
     argument("other", metavar="OTHER", help="a folder of photographs of other things"),
@@ -684,12 +691,14 @@ def _bench_photographs(a: argparse.Namespace) -> int:
     print(f"results   {a.out}")
     return 0
 
+# %% ../../nbs/app/04_cli.ipynb #bfa5f9ad
 @command("bench loop", DEVICE,
     help="how fast: classifier epoch and generator step, beside the usual way to write them")
 def _bench_loop(a: argparse.Namespace) -> int:
     from nioodd.speed.loop import bench_loop
     return _print_speed(a, "loop", bench_loop(_device(a.device)))
 
+# %% ../../nbs/app/04_cli.ipynb #0962b805
 @command("bench trust", NETWORKS, CELLS, _seconds("row", 20),
     argument("--members", default="2,10", metavar="2,10", help="numbers of siblings"),
     argument("--batches", default="1,64,256", metavar="1,64", help="images at a time"),
@@ -738,20 +747,23 @@ def _show_warning(text, category, *_) -> None:
     "A warning of ours, in one line; those of the libraries beneath are for developers."
     if category is UserWarning: print(f"nioodd: warning: {text}", file=sys.stderr)
 
-# %% ../../nbs/app/04_cli.ipynb #19360074
+# %% ../../nbs/app/04_cli.ipynb #e1b7d87e
 def _print_anything() -> None:
     "Characters that the output cannot show are written as \\u03c3; names of files may hold bytes that are no text."
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
 
+# %% ../../nbs/app/04_cli.ipynb #0d4cb748
 def _without_output(code: int) -> int:
     "`code`; what is still to be printed is thrown away, since it cannot be."
     with suppress(OSError, ValueError): os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
+# %% ../../nbs/app/04_cli.ipynb #b954ccca
 def _is_lack_of_memory(e: BaseException) -> bool:
     return isinstance(e, MemoryError) or "allocate memory" in str(e) or "out of memory" in str(e).lower()
 
+# %% ../../nbs/app/04_cli.ipynb #19360074
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `nioodd`; the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."
     a = parser().parse_args(argv)

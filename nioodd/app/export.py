@@ -6,7 +6,7 @@
 __all__ = ['LACKING', 'RATES', 'Run', 'VALUES_AT_ONCE', 'TOLERANCE', 'Verdict', 'traced', 'describe', 'Exported', 'Difference',
            'compare', 'export']
 
-# %% ../../nbs/app/01_export.ipynb #4e065f3d
+# %% ../../nbs/app/01_export.ipynb #181bb4b7
 import contextlib
 import io
 import json
@@ -21,11 +21,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+# %% ../../nbs/app/01_export.ipynb #590ca3a4
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+# %% ../../nbs/app/01_export.ipynb #4e065f3d
 from .. import __version__
 from ..core.detector import PREPARATION, Detector, threshold_for
 from ..core.errors import NiooddError
@@ -135,12 +137,13 @@ def _thresholds(calibration: Tensor) -> dict[str, float]: # By rate of false ala
     possible = [rate for rate in RATES if rate + 1e-12 >= smallest]
     return {str(rate): threshold_for(calibration, rate) for rate in possible}
 
-# %% ../../nbs/app/01_export.ipynb #7066e0f9
+# %% ../../nbs/app/01_export.ipynb #5ea60fe5
 def _at_once(detector: Detector, size: int, channels: int) -> int:
     "How many images suit the network, of 500."
     images = torch.zeros(1, channels, size, size, dtype=torch.uint8).expand(500, -1, -1, -1)
     return len(next(iter(batches(detector.model, images))))
 
+# %% ../../nbs/app/01_export.ipynb #7066e0f9
 def describe(
     detector: Detector,
     size: int, # Height and width of the images
@@ -196,13 +199,14 @@ _OPERATION = re.compile(
 _WORDS = {"Symbol", "Integer", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Mod", "FloorDiv", "CeilDiv",
           "integer", "positive", "nonnegative", "real", "True", "False"}
 
-# %% ../../nbs/app/01_export.ipynb #1a717e33
+# %% ../../nbs/app/01_export.ipynb #107e02f8
 def _is_arithmetic(text: str) -> bool:
     "Whether a text is an expression of sums, products and symbols such as `s77`."
     words = re.findall(r"[A-Za-z_]\w*", re.sub(r"'[su]\d+'", "", text))
     plain = re.fullmatch(r"[\w\s'(),=+*/<>-]*", text) is not None
     return plain and all(w in _WORDS or re.fullmatch(r"[su]\d+", w) for w in words)
 
+# %% ../../nbs/app/01_export.ipynb #1a717e33
 def _says_only_tensor_operations(value: Any) -> bool:
     "Whether a graph in JSON names tensor operations and arithmetic only."
     if isinstance(value, list): return all(map(_says_only_tensor_operations, value))
@@ -254,13 +258,14 @@ def _reader(path: Path) -> Callable[[bytes], tuple[Run, dict[str, Any]]]:
     raise NiooddError(f"{path} is neither .onnx nor .pt2; expected one of them, for the suffix says "
                       "what is written; change the name")
 
-# %% ../../nbs/app/01_export.ipynb #1dbca6b9
+# %% ../../nbs/app/01_export.ipynb #025e3cf9
 _ABOUT = {"type": "object", "required": ["size", "channels", "classes", "threshold", "outputs"], "properties": {
     "size": {"type": "integer", "minimum": 1, "maximum": 4096}, "channels": {"enum": [1, 3]},
     "preparation": PREPARATION, "at_once": {"type": "integer", "minimum": 1, "maximum": 1000},
     "classes": {"type": ["array", "null"], "items": {"type": "string"}},
     "threshold": {"type": ["number", "null"]}, "outputs": {"type": "array", "items": {"type": "string"}}}}
 
+# %% ../../nbs/app/01_export.ipynb #1dbca6b9
 def _read(path: Path, content: bytes | None, trust: bool) -> tuple[Run, dict[str, Any]]:
     "What is in a file. Raises `NiooddError` for a file that is missing or damaged, or not one of ours."
     read = _reader(path)
@@ -282,11 +287,13 @@ def _joined(verdicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     names = verdicts[0]
     return dict(zip(names, map(torch.cat, zip(*(v.values() for v in verdicts)))))
 
-# %% ../../nbs/app/01_export.ipynb #7280fc0b
+# %% ../../nbs/app/01_export.ipynb #3359b59d
 VALUES_AT_ONCE = 4e6 # Numbers of the images that an older file, which does not say how many suit it, takes together
 
+# %% ../../nbs/app/01_export.ipynb #30efc9f7
 def _of_size(size: int, channels: int) -> int: return min(500, max(16, int(VALUES_AT_ONCE / (channels * size**2))))
 
+# %% ../../nbs/app/01_export.ipynb #7280fc0b
 class Exported:
     """A detector in one file, run by onnxruntime (.onnx) or by PyTorch (.pt2), on the CPU.
 

@@ -6,7 +6,7 @@
 __all__ = ['LEARNING', 'ORIGIN', 'folder_problem', 'Guarded', 'guard', 'own_network', 'images_of', 'guard_network', 'fit_folder',
            'beside_run']
 
-# %% ../../nbs/app/00_folders.ipynb #adda2a9f
+# %% ../../nbs/app/00_folders.ipynb #43f8737b
 import os
 import time
 from collections.abc import Collection
@@ -14,10 +14,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
+# %% ../../nbs/app/00_folders.ipynb #99e985b9
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+# %% ../../nbs/app/00_folders.ipynb #adda2a9f
 from ..benchmark.recipes import load_classifier, read_recipe, recipe_data
 from ..core.datasets import Problem, load
 from ..core.detector import load_weights
@@ -78,11 +80,12 @@ class Guarded(NamedTuple):
                 f"of {self.available} {kind} images that calibrate it{more}"
                 f"\ndetector  {self.folder}")
 
-# %% ../../nbs/app/00_folders.ipynb #240f8dbe
+# %% ../../nbs/app/00_folders.ipynb #58248183
 def _check_share(false_alarms: float) -> None:
     if 0 < false_alarms < 1: return
     raise NiooddError(f"false_alarms (--false-alarms) is {false_alarms}; expected a share between 0 and 1, as 0.01")
 
+# %% ../../nbs/app/00_folders.ipynb #240f8dbe
 def guard(
     folder: str | os.PathLike, # Of a `nioodd train` or a `nioodd run`
     out: str | os.PathLike, # The detector's folder; must be new
@@ -131,7 +134,7 @@ def own_network(
     if weights is not None: load_weights(network, load_tensors(weights)[0])
     return network.eval()
 
-# %% ../../nbs/app/00_folders.ipynb #f576632f
+# %% ../../nbs/app/00_folders.ipynb #8530855f
 def images_of(
     name: str, # `folder:PATH`, or the name of a set
     split: str, # "train" or "test", where there are two
@@ -146,6 +149,7 @@ def images_of(
                           "give transform= or size= (--size)")
     return ImageFiles(list_folder(Path(name.removeprefix("folder:")), split), preparation)
 
+# %% ../../nbs/app/00_folders.ipynb #f576632f
 def _held_out_of(data: str) -> str:
     "Where held-out images are if nobody says it: in the test folder. Raises `NiooddError` where there is none."
     if not data.startswith("folder:") or split_folders(Path(data.removeprefix("folder:"))): return data

@@ -6,7 +6,7 @@
 __all__ = ['SUFFIXES', 'MOST_AT_ONCE', 'Row', 'FILES', 'image_paths', 'parts_of', 'in_shard', 'Judge', 'judged', 'plain_cell',
            'table_lines', 'Printed', 'TextFile', 'ParquetFolder', 'Scored', 'Options', 'score_files']
 
-# %% ../../nbs/app/02_score.ipynb #82888a7c
+# %% ../../nbs/app/02_score.ipynb #d96e4a16
 import csv
 import json
 import math
@@ -19,19 +19,22 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
+# %% ../../nbs/app/02_score.ipynb #0163d3d5
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
+# %% ../../nbs/app/02_score.ipynb #82888a7c
 from .. import __version__
 from ..core.errors import NiooddError, printable
 from ..core.files import parse_json, read_json, write_atomic, write_json
 from ..core.images import MOST_PIXELS, Preparation, is_visible, read_ahead
 
-# %% ../../nbs/app/02_score.ipynb #00a152c3
+# %% ../../nbs/app/02_score.ipynb #22567029
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp") # Of the files in a folder
 
+# %% ../../nbs/app/02_score.ipynb #00a152c3
 def _in_folder(folder: Path) -> list[Path]:
     "The image files in a folder and its subfolders, without hidden ones."
     found = []
@@ -55,14 +58,16 @@ def image_paths(
         paths += found
     return [*dict.fromkeys(paths)]
 
-# %% ../../nbs/app/02_score.ipynb #01545547
+# %% ../../nbs/app/02_score.ipynb #2acb491a
 MOST_AT_ONCE = 64 # Files in a part
 
+# %% ../../nbs/app/02_score.ipynb #ae0c66c7
 def parts_of(paths: Sequence[Path]) -> list[Sequence[Path]]:
     "All files in parts of one size: 64, or fewer where there would not be 64 parts."
     n = min(MOST_AT_ONCE, math.ceil(len(paths) / MOST_AT_ONCE)) or 1
     return [paths[i:i + n] for i in range(0, len(paths), n)]
 
+# %% ../../nbs/app/02_score.ipynb #01545547
 def in_shard(parts: list, shard: tuple[int, int]) -> list:
     "The parts of shard i of n. Raises `NiooddError` unless 1 ≤ i ≤ n."
     i, n = shard
@@ -76,9 +81,10 @@ class Judge(Protocol):
     preparation: Preparation # How a picture becomes the network's input
     def verdict(self, images: Tensor) -> dict[str, Tensor]: "What it says of images uint8 [B, C, H, W]."
 
-# %% ../../nbs/app/02_score.ipynb #41dd395b
+# %% ../../nbs/app/02_score.ipynb #ff6e7c50
 Row = dict[str, Any] # `file`, `class`, and the entries of a verdict but for `label`
 
+# %% ../../nbs/app/02_score.ipynb #41dd395b
 def _rows(judge: Judge, paths: Sequence[Path], images: list[Tensor]) -> list[Row]:
     "A row for each image."
     if not images: return []
@@ -100,12 +106,13 @@ def judged(
         rows = _rows(judge, [paths[k] for k in good], [found[k] for k in good])
         yield rows, [x for x in found if isinstance(x, NiooddError)]
 
-# %% ../../nbs/app/02_score.ipynb #f576f8c1
+# %% ../../nbs/app/02_score.ipynb #2f6d0667
 def plain_cell(name: str, value: Any) -> Any:
     "A cell of a CSV file that no spreadsheet takes for a formula. The path of a file stays one."
     if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")): return value
     return f"./{value}" if name == "file" else f"'{value}"
 
+# %% ../../nbs/app/02_score.ipynb #0c34676d
 def _csv(rows: list[Row], head: bool) -> str:
     text = StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -113,14 +120,16 @@ def _csv(rows: list[Row], head: bool) -> str:
     for row in rows: writer.writerow({name: plain_cell(name, value) for name, value in row.items()})
     return text.getvalue()
 
+# %% ../../nbs/app/02_score.ipynb #f576f8c1
 def _json_lines(rows: list[Row], head: bool) -> str: return "".join(json.dumps(row) + "\n" for row in rows)
 
-# %% ../../nbs/app/02_score.ipynb #6db6bc61
+# %% ../../nbs/app/02_score.ipynb #ead241d3
 def _cell(value: Any) -> str:
     "A value in a table."
     if isinstance(value, bool): return "yes" if value else "no"
     return f"{value:.4f}" if isinstance(value, float) else printable(str(value))
 
+# %% ../../nbs/app/02_score.ipynb #6db6bc61
 def table_lines(
     rows: list[Row], # With the same keys
     head: bool = True, # Whether the names of the columns come first
@@ -166,7 +175,7 @@ class Printed:
         self._print_block()
         if self.style == "json": print("\n]" if self.n else "[]", file=self.stream)
 
-# %% ../../nbs/app/02_score.ipynb #1a4bbbdc
+# %% ../../nbs/app/02_score.ipynb #1cf82cfa
 def _complete_csv(text: str) -> tuple[list[Row], int]: # The rows, and how much of the text they are
     "Rows that end with a line, up to the first that does not. A quoted name may hold line breaks."
     lines = [*StringIO(text, newline="")] # `splitlines` would also cut at rarer characters
@@ -182,6 +191,7 @@ def _complete_csv(text: str) -> tuple[list[Row], int]: # The rows, and how much 
     except csv.Error: pass # Cut within quotes
     return rows, len("".join(lines[:end]))
 
+# %% ../../nbs/app/02_score.ipynb #1a4bbbdc
 def _complete_json_lines(text: str) -> tuple[list[Row], int]:
     "As `_complete_csv`."
     end = text.rfind("\n") + 1
@@ -250,11 +260,12 @@ class ParquetFolder:
         write_atomic(self.path / f"rows-{self.number:06}.parquet", content.getvalue().to_pybytes())
         self.number, self.waiting = self.number + 1, []
 
-# %% ../../nbs/app/02_score.ipynb #8a88c249
+# %% ../../nbs/app/02_score.ipynb #c028a819
 FILES = {".csv": TextFile, ".jsonl": TextFile, ".parquet": ParquetFolder}
 _NOTE = {"type": "object", "required": ["nioodd", "detector"], "properties": {
     "nioodd": {"type": "string"}, "detector": {"type": "string"}, "shard": {"type": "array"}}}
 
+# %% ../../nbs/app/02_score.ipynb #8a88c249
 def _open_file(path: Path, about: dict[str, Any]) -> TextFile | ParquetFolder:
     "The file, new or of the same job. Raises `NiooddError` for another suffix, detector or file."
     if path.suffix not in FILES:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURES', 'JOBS', 'make_files', 'network_for', 'measure_here', 'bench_stream', 'stream_table', 'reckon']
 
-# %% ../../nbs/app/03_stream.ipynb #7fe40781
+# %% ../../nbs/app/03_stream.ipynb #948ddbe7
 import json
 import os
 import resource
@@ -17,11 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# %% ../../nbs/app/03_stream.ipynb #2bef546a
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+# %% ../../nbs/app/03_stream.ipynb #7fe40781
 from .score import image_paths, parts_of, score_files
 from ..core.detector import Detector
 from ..core.errors import NiooddError
@@ -32,9 +34,10 @@ from ..core.models import architecture
 from ..core.registry import Registry
 from ..posthoc.layerwise import LayerwiseDetector
 
-# %% ../../nbs/app/03_stream.ipynb #229d110d
+# %% ../../nbs/app/03_stream.ipynb #8b9ad5b8
 PICTURES = 500 # Different ones; more files are the same pictures again, as links
 
+# %% ../../nbs/app/03_stream.ipynb #229d110d
 def make_files(
     place: Path, # A folder, made
     n: int, # Files
@@ -60,25 +63,30 @@ def network_for(size: int) -> nn.Module: # Untrained, in eval mode: its weights 
     from torchvision.models import mobilenet_v3_small
     return prepared(mobilenet_v3_small(num_classes=10).eval(), size=size, channels=3)
 
-# %% ../../nbs/app/03_stream.ipynb #74b3762d
+# %% ../../nbs/app/03_stream.ipynb #4ce9e0e4
 JOBS: dict[str, Callable[[nn.Module, list[Path], Path], Any]] = Registry("measurement")
 
+# %% ../../nbs/app/03_stream.ipynb #9091c823
 @JOBS.register("network")
 def _network(model: nn.Module, paths: list[Path], place: Path) -> None:
     for _, images in read_ahead([paths[:64]], model.preparation): logits_of(model, torch.stack(images))
 
+# %% ../../nbs/app/03_stream.ipynb #9bc9a8e8
 @JOBS.register("plain")
 def _plain(model: nn.Module, paths: list[Path], place: Path) -> None:
     for _, images in read_ahead(parts_of(paths), model.preparation): logits_of(model, torch.stack(images))
 
+# %% ../../nbs/app/03_stream.ipynb #09fada3b
 @JOBS.register("score")
 def _score(model: nn.Module, paths: list[Path], place: Path) -> None:
     score_files(Detector.load(place / "detector", model), paths, out=place / "rows.jsonl")
 
+# %% ../../nbs/app/03_stream.ipynb #245bfdd2
 @JOBS.register("fit")
 def _fit(model: nn.Module, paths: list[Path], place: Path) -> None:
     LayerwiseDetector(model).fit(*_loaders(paths, model.preparation)).save(place / "detector")
 
+# %% ../../nbs/app/03_stream.ipynb #74b3762d
 def _loaders(paths: list[Path], preparation: Preparation) -> tuple[DataLoader, DataLoader]:
     "Three quarters to learn from, and a quarter held out."
     def loader(some: list[Path]) -> DataLoader:

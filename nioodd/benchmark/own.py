@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['own_problem', 'OwnNetwork', 'check_detector', 'Board', 'bench_network', 'near_and_far']
 
-# %% ../../nbs/benchmark/03_own.ipynb #32123b75
+# %% ../../nbs/benchmark/03_own.ipynb #10680b68
 import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# %% ../../nbs/benchmark/03_own.ipynb #1a89a988
 import torch
 from torch import Tensor, nn
 
+# %% ../../nbs/benchmark/03_own.ipynb #32123b75
 from .scoreboard import DETECTORS, Cell, TrainedNetwork, in_shard, read_rows, run_detectors, summarise
 from ..core.datasets import Problem, evenly, load
 from ..core.detector import Detector
@@ -148,9 +150,10 @@ def _check_same(network: OwnNetwork, out: str | os.PathLike, run: str) -> None:
     raise NiooddError(f"{out} has rows of another network {run} (other weights, or other mean and std); "
                       "expected the same; give another --out")
 
-# %% ../../nbs/benchmark/03_own.ipynb #d67e38e9
+# %% ../../nbs/benchmark/03_own.ipynb #3d6612c9
 _COLUMNS = ("auroc", "fpr95_id_positive", "fpr95_ood_positive")
 
+# %% ../../nbs/benchmark/03_own.ipynb #d67e38e9
 def near_and_far(
     out: str | os.PathLike, # Folder of the results
     name: str, # Of the network

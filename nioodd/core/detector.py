@@ -9,7 +9,7 @@ __all__ = ['FORMAT', 'PREPARATION', 'NETWORK', 'DESCRIPTION', 'IN_MEMORY', 'COPI
            'conformal_p_values', 'threshold_for', 'Detector', 'in_memory', 'check_share', 'checked_p_values',
            'benjamini_hochberg', 'detector_class', 'check_sorted_scores']
 
-# %% ../../nbs/core/12_detector.ipynb #b183fe53
+# %% ../../nbs/core/12_detector.ipynb #7385a1e2
 import copy
 import importlib
 import inspect
@@ -27,12 +27,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+# %% ../../nbs/core/12_detector.ipynb #66192fa7
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
+# %% ../../nbs/core/12_detector.ipynb #b183fe53
 from .. import __version__
 from .errors import NiooddError, unknown
 from nioodd.core.files import (
@@ -144,9 +146,10 @@ def rebuild_network(
     if description["channels_last"]: model = model.to(memory_format=torch.channels_last)
     return (model if preparation is None else Prepared(model, preparation)).eval()
 
-# %% ../../nbs/core/12_detector.ipynb #84f4d63e
+# %% ../../nbs/core/12_detector.ipynb #f2c042fe
 FORMAT = 2 # Of detector.json; a higher one is refused. 2: with a preparation
 
+# %% ../../nbs/core/12_detector.ipynb #84f4d63e
 def write_detector(
     folder: str | os.PathLike, # Made if need be; files of an earlier detector are replaced
     description: dict[str, Any], # Goes to detector.json
@@ -179,9 +182,10 @@ def _as_json(description: dict[str, Any]) -> str:
                           "a finite threshold and arguments that JSON can say; tensors belong into learnt") from None
     return text + "\n"
 
-# %% ../../nbs/core/12_detector.ipynb #2793cc5f
+# %% ../../nbs/core/12_detector.ipynb #d46f8041
 def _maybe(schema: dict) -> dict: return schema | {"type": [schema["type"], "null"]}
 
+# %% ../../nbs/core/12_detector.ipynb #2793cc5f
 _COUNT = {"type": "integer", "minimum": 1, "maximum": 1_000_000}
 _NETWORK_ARGUMENTS = {"type": "object", "properties": {
     "size": {"type": "integer", "minimum": 1, "maximum": 4096},
@@ -234,20 +238,22 @@ def read_detector(
                           "update nioodd")
     return description, load_signed(weights, description["sha256"], "detector.json")
 
-# %% ../../nbs/core/12_detector.ipynb #1b3ff534
+# %% ../../nbs/core/12_detector.ipynb #8279d78e
 _IMAGE_KEYS = ("pixel_values", "images", "image", "inputs", "x", "img")
 _LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
+# %% ../../nbs/core/12_detector.ipynb #2499cf0e
 def _first_of(batch: Mapping, keys: tuple[str, ...]) -> Any:
     return next((batch[k] for k in keys if k in batch), None)
 
+# %% ../../nbs/core/12_detector.ipynb #1b3ff534
 def _parts_of(batch: Any) -> tuple[Any, Any]: # Images, labels
     "What is images and what is labels in a batch."
     if isinstance(batch, Mapping): return _first_of(batch, _IMAGE_KEYS), _first_of(batch, _LABEL_KEYS)
     if not isinstance(batch, (tuple, list)): return batch, None
     return (*batch, None, None)[:2]
 
-# %% ../../nbs/core/12_detector.ipynb #b3e3a433
+# %% ../../nbs/core/12_detector.ipynb #d965133f
 def _class_numbers(labels: Any, n: int) -> Tensor | None: # int64 [n]
     "Labels as class numbers; None where they are none."
     try: y = torch.as_tensor(labels)
@@ -258,23 +264,26 @@ def _class_numbers(labels: Any, n: int) -> Tensor | None: # int64 [n]
     whole = not y.is_floating_point() or (y == y.round()).all()
     return y.long() if y.shape == (n,) and whole else None
 
+# %% ../../nbs/core/12_detector.ipynb #b3e3a433
 def _is_pair(images: Any) -> bool:
     "Whether this is images and their labels rather than two batches."
     if not isinstance(images, (tuple, list)) or len(images) != 2: return False
     x, y = images
     return isinstance(x, Tensor) and x.ndim > 1 and hasattr(y, "ndim") and y.ndim < x.ndim and len(y) == len(x)
 
-# %% ../../nbs/core/12_detector.ipynb #283e745a
+# %% ../../nbs/core/12_detector.ipynb #60203b5e
 def _no_images(what: Any) -> NiooddError:
     return NiooddError(f"images are a {type(what).__name__}; expected a tensor [N, C, H, W], an ImageSet, or a "
                        "loader of batches x, (x,) or (x, y) of tensors; torch.from_numpy makes a tensor of an array")
 
+# %% ../../nbs/core/12_detector.ipynb #a295f527
 def read_batch(batch: Any) -> tuple[Tensor, Tensor | None]: # Images [B, C, H, W]; class numbers int64 [B], or None
     "What a loader's batch holds. Raises `NiooddError` where there are no images."
     x, labels = _parts_of(batch)
     if isinstance(x, Tensor): return x, None if labels is None else _class_numbers(labels, len(x))
     raise _no_images(batch if x is None else x)
 
+# %% ../../nbs/core/12_detector.ipynb #283e745a
 def id_batches(
     images, # A tensor [N, C, H, W], an `ImageSet`, a pair of images and labels, a `Dataset`, or a loader
 ) -> Iterator[tuple[Tensor, Tensor | None]]: # Images [B, C, H, W]; class numbers int64 [B], or None
@@ -301,9 +310,10 @@ def _joined(parts: list[Tensor]) -> Tensor:
     raise NiooddError(f"batches differ: {list(a)} {a_type} and {list(b)} {b_type}; "
                       "expected images of one shape and dtype; resize them")
 
-# %% ../../nbs/core/12_detector.ipynb #9621cf9d
+# %% ../../nbs/core/12_detector.ipynb #81c4f764
 IN_MEMORY = 256e6 # Bytes of images; more go to a file where that is allowed
 
+# %% ../../nbs/core/12_detector.ipynb #9621cf9d
 class _Draws:
     "The numbers of a process's images: those that one process would have drawn for them."
     def __init__(self, seed: int, rank: int, ranks: int):
@@ -383,14 +393,16 @@ class _Reservoir:
         in_order = (order == torch.arange(len(order))).all()
         return images if in_order else take(images, order), labels, places[order], numbers[order]
 
-# %% ../../nbs/core/12_detector.ipynb #149cc89d
+# %% ../../nbs/core/12_detector.ipynb #40e97762
 def _some_of(images: Dataset, n: int | None, seed: int, rank: int = 0, ranks: int = 1) -> Dataset:
     "A uniform sample of n, in their order; every so many of these."
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
     return Subset(images, chosen.sort().values[rank::ranks].tolist())
 
+# %% ../../nbs/core/12_detector.ipynb #7de303ec
 def _is_map(images: Any) -> bool: return isinstance(images, Dataset) and not isinstance(images, IterableDataset)
 
+# %% ../../nbs/core/12_detector.ipynb #d88a49b7
 def known_images(
     images, # See `id_batches`
     n: int | None = None, # Of a loader or data set, at most so many; None: all
@@ -404,6 +416,7 @@ def known_images(
     for x, y in id_batches(images): reservoir.add(x, y)
     return reservoir.all()[:2]
 
+# %% ../../nbs/core/12_detector.ipynb #149cc89d
 def all_images(images, n: int | None = None, file: bool = False) -> Images: # See `known_images`
     "The images of `known_images`."
     return images if isinstance(images, Images) else known_images(images, n, file=file)[0]
@@ -432,11 +445,12 @@ def shared_images(
     mine = torch.isin(places, all_places)
     return SharedImages(take(own, mine.nonzero()[:, 0]), torch.searchsorted(all_places, places[mine]), len(all_places))
 
-# %% ../../nbs/core/12_detector.ipynb #f2695c90
+# %% ../../nbs/core/12_detector.ipynb #3751bd6b
 COPIES = 0.01 # Share of the held-out images that may be training images
 NEARER = 0.65 # Share of pairs in which the held-out image is nearer; of images drawn alike it is a half
 _LOOKED_AT = 300 # Images of each kind whose neighbours are looked for
 
+# %% ../../nbs/core/12_detector.ipynb #f2695c90
 def _thumbnails(images: Images) -> Tensor: # float32 [N, d]
     "A few numbers that tell images apart: means over 8 × 8 fields; of vectors the first 256."
     def of(x: Tensor) -> Tensor:
@@ -525,7 +539,7 @@ def _check_threshold(threshold: Any) -> None:
     if number and not math.isnan(threshold): return
     raise NiooddError(f"threshold is {threshold!r}; expected a number, or None for none; call fit(train, held_out)")
 
-# %% ../../nbs/core/12_detector.ipynb #d2d05306
+# %% ../../nbs/core/12_detector.ipynb #e553dd86
 def _api_alone() -> ModuleType:
     "`pytorch_ood.api`, without the rest of its package."
     name = "pytorch_ood.api"
@@ -536,6 +550,7 @@ def _api_alone() -> ModuleType:
     spec.loader.exec_module(module)
     return module
 
+# %% ../../nbs/core/12_detector.ipynb #d2d05306
 ood_api = _api_alone()
 
 # %% ../../nbs/core/12_detector.ipynb #1d13b1c1
@@ -553,9 +568,10 @@ def _lacking(detector: "Detector", name: str) -> AttributeError:
     return _NotThere(f"this {kind} has no {name}; expected it from learn, or from restore "
                      "after load; call fit(train, held_out) first")
 
-# %% ../../nbs/core/12_detector.ipynb #42498d7b
+# %% ../../nbs/core/12_detector.ipynb #12c80d66
 DETECTORS = Registry("kind of detector") # Name of a class → the class
 
+# %% ../../nbs/core/12_detector.ipynb #42498d7b
 class Detector(ood_api.Detector):
     """A network with a score, higher = more OOD, calibrated by held-out ID images.
 
@@ -594,43 +610,45 @@ class Detector(ood_api.Detector):
         if hasattr(type(self), name): return object.__getattribute__(self, name) # A property that lacks another one
         raise _lacking(self, name)
 
-
-
-# %% ../../nbs/core/12_detector.ipynb #3ef7e39f
+# %% ../../nbs/core/12_detector.ipynb #5152ed81
 @patch(property)
 def preparation(self: Detector) -> Preparation:
     "How a picture becomes the network's input. Its size and channels are None where the network does not say."
     return preparation_of(self.model)
 
+# %% ../../nbs/core/12_detector.ipynb #19f16bc7
 @patch(property)
 def size(self: Detector) -> int | None:
     "Height and width of the images that the network takes, in pixels; None: it does not say."
     return self.preparation.size
 
+# %% ../../nbs/core/12_detector.ipynb #3ef7e39f
 @patch(property)
 def channels(self: Detector) -> int | None:
     "Channels of the images that the network takes, 1 or 3; None: it does not say."
     return self.preparation.channels
 
-# %% ../../nbs/core/12_detector.ipynb #4a23ad45
+# %% ../../nbs/core/12_detector.ipynb #9e16c994
 @patch
 def predict(self: Detector, x: Tensor) -> Tensor: # x [B, C, H, W], see `as_input` → [B]
     "Scores of images: higher = more OOD."
     raise NotImplementedError(f"{type(self).__name__} defines no predict(x)")
 
+# %% ../../nbs/core/12_detector.ipynb #4a23ad45
 @patch
 def learn(self: Detector, train: Tensor, held_out: Tensor, **options) -> Tensor:
     "Learn from images that the network was trained on; returns the held-out images left to calibrate by."
     if options: raise TypeError(f"{type(self).__name__}.fit has no option {', '.join(options)}")
     return held_out
 
-# %% ../../nbs/core/12_detector.ipynb #47954995
+# %% ../../nbs/core/12_detector.ipynb #2f886a55
 def _parameters(kind: type) -> dict[str, Any]: # Name → default
     "What a detector's constructor takes by name, beside the network and the threshold."
     parameters = [*inspect.signature(kind).parameters.values()][1:]
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return {p.name: p.default for p in named if p.name != "threshold"}
 
+# %% ../../nbs/core/12_detector.ipynb #47954995
 def _lost(detector: "Detector", name: str) -> NiooddError:
     kind = type(detector).__name__
     return NiooddError(f"the argument {name} of {kind} would be lost in saving; expected it as self.{name} "
@@ -650,12 +668,13 @@ def arguments(self: Detector) -> dict[str, Any]:
         if value is not None or default is not None: given[name] = value
     return given
 
-# %% ../../nbs/core/12_detector.ipynb #b68ef960
+# %% ../../nbs/core/12_detector.ipynb #cf927068
 @patch
 def learnt(self: Detector) -> dict[str, Tensor]:
     "What was learnt, beside the network, the threshold and the calibration."
     return {}
 
+# %% ../../nbs/core/12_detector.ipynb #b68ef960
 @patch
 def restore(self: Detector, tensors: dict[str, Tensor]) -> None:
     "Takes back what `learnt` gave."
@@ -678,7 +697,7 @@ def calibrate(self: Detector,
                       "and is it trained?", stacklevel=3)
     return self
 
-# %% ../../nbs/core/12_detector.ipynb #299a4d9c
+# %% ../../nbs/core/12_detector.ipynb #573833f1
 @patch
 def fit(self: Detector,
     train=None, # Images that the network was trained on, see `all_images`
@@ -715,6 +734,7 @@ def _split(self: Detector, train: Images) -> tuple[Images, Images]:
     first, second = order.tensor_split([len(train) * 3 // 4 if self.requires_fit else 0])
     return take(train, first), take(train, second)
 
+# %% ../../nbs/core/12_detector.ipynb #299a4d9c
 def in_memory(images: Images) -> Iterable[Tensor]:
     "A tensor whole, images in a file 500 at a time."
     return [images] if isinstance(images, Tensor) else images.split(500)
@@ -758,7 +778,7 @@ def p_values(self: Detector, scores: Tensor) -> Tensor: # scores [B] → float64
         raise NiooddError(f"this {type(self).__name__} has no calibration; expected fit(train, held_out) first")
     return conformal_p_values(scores, self.calibration)
 
-# %% ../../nbs/core/12_detector.ipynb #9cdbc271
+# %% ../../nbs/core/12_detector.ipynb #f61e1e8b
 @patch
 def threshold_at(self: Detector, false_alarms: float | None = None) -> float:
     "The threshold; given `false_alarms`, the one for that rate. Raises `NiooddError` where there is none."
@@ -768,6 +788,7 @@ def threshold_at(self: Detector, false_alarms: float | None = None) -> float:
     raise NiooddError(f"this {type(self).__name__} has no threshold; expected one from ID images; "
                       "call fit(train, held_out) or calibrate(scores) first")
 
+# %% ../../nbs/core/12_detector.ipynb #9cdbc271
 @patch
 def rejects(self: Detector, scores: Tensor, false_alarms: float | None = None) -> Tensor: # [B] → bool [B]
     "Which scores are OOD: those above the threshold, see `threshold_at`."
@@ -780,12 +801,13 @@ def is_ood(self: Detector, x: Tensor, false_alarms: float | None = None) -> Tens
     self.threshold_at(false_alarms) # Before the network runs
     return self.rejects(self.predict(x), false_alarms)
 
-# %% ../../nbs/core/12_detector.ipynb #28a80d51
+# %% ../../nbs/core/12_detector.ipynb #dee45a87
 def check_share(share: float, name: str) -> None:
     "Raise `NiooddError` unless `share` lies between 0 and 1, both excluded."
     if 0 < share < 1: return
     raise NiooddError(f"{name} is {share}; expected a share between 0 and 1, as 0.1")
 
+# %% ../../nbs/core/12_detector.ipynb #28a80d51
 def checked_p_values(
     p, # [N], at least one
 ) -> Tensor: # float64 [N] in (0, 1], on the CPU
@@ -835,17 +857,19 @@ def check_outputs(self: Detector, outputs: int) -> None:
     raise NiooddError(f"n_known is {self.n_known} and there are {len(self.classes or ())} class names, but the network "
                       f"has {outputs} outputs; expected a name for each known class, and no more classes than outputs")
 
-# %% ../../nbs/core/12_detector.ipynb #a87fcc64
+# %% ../../nbs/core/12_detector.ipynb #5cbd6941
 @patch
 def logits_and_scores(self: Detector, x: Tensor) -> tuple[Tensor, Tensor]: # [B, C, H, W] → [B, K], [B]
     "Logits and scores. Who makes scores of logits should define it, so that the network runs once."
     return self.logits(x), self.predict(x)
 
+# %% ../../nbs/core/12_detector.ipynb #3d10b4f1
 @patch
 def verdict(self: Detector, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
     "What to tell a user of each image; see `verdict_of`."
     return self.verdict_of(*self.logits_and_scores(x))
 
+# %% ../../nbs/core/12_detector.ipynb #a87fcc64
 @patch
 def verdict_of(self: Detector,
     logits: Tensor, # [B, K]; outputs beyond the known classes are left out
@@ -859,13 +883,14 @@ def verdict_of(self: Detector,
     if self.calibration is not None: verdict["p_value"] = self.p_values(scores)
     return verdict | dict(score=scores, ood=self.rejects(scores))
 
-# %% ../../nbs/core/12_detector.ipynb #e755515f
+# %% ../../nbs/core/12_detector.ipynb #97edb361
 @patch
 def explain(self: Detector, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
     "`verdict`, and what else the detector knows of each image; see `details_of`."
     logits, scores = self.logits_and_scores(x)
     return self.details_of(logits) | self.verdict_of(logits, scores)
 
+# %% ../../nbs/core/12_detector.ipynb #e755515f
 @patch
 def details_of(self: Detector, logits: Tensor) -> dict[str, Tensor]: # logits [B, K]
     """`probabilities` float64 [B, K], the softmax of all outputs; `garbage_probability` float64 [B], the sum
@@ -874,7 +899,7 @@ def details_of(self: Detector, logits: Tensor) -> dict[str, Tensor]: # logits [B
     if self.n_known is None or self.n_known == p.shape[1]: return dict(probabilities=p)
     return dict(probabilities=p, garbage_probability=p[:, self.n_known:].sum(1))
 
-# %% ../../nbs/core/12_detector.ipynb #13e5ae66
+# %% ../../nbs/core/12_detector.ipynb #b5c9b4ca
 @patch
 def in_one_pass(self: Detector) -> Detector:
     "A copy on the CPU whose `verdict` takes a batch as it is; its `exported_networks` are those that it runs."
@@ -883,6 +908,7 @@ def in_one_pass(self: Detector) -> Detector:
     twin.exported_networks = [twin.model]
     return twin
 
+# %% ../../nbs/core/12_detector.ipynb #13e5ae66
 @patch
 def parts(self: Detector, x: Tensor) -> Iterable[Tensor]: # x [B, C, H, W]
     "Images in parts that suit the network; of a copy by `in_one_pass` all of them at once."

@@ -9,7 +9,7 @@ __all__ = ['LAYERS', 'Images', 'BYTES_AT_ONCE', 'unwrapped', 'Prepared', 'bare',
            'last_inputs', 'logits_and_features', 'KeptImages', 'SharedImages', 'take', 'gathered', 'batches',
            'each_batch', 'features_of', 'logits_of']
 
-# %% ../../nbs/core/08_forward.ipynb #46c1568f
+# %% ../../nbs/core/08_forward.ipynb #fdf735dd
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,15 +21,17 @@ from types import MethodType
 from typing import BinaryIO
 from weakref import WeakKeyDictionary
 
+# %% ../../nbs/core/08_forward.ipynb #5a20a19b
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+# %% ../../nbs/core/08_forward.ipynb #46c1568f
 from .errors import NiooddError
 from .images import Preparation, one_line, read_preparation, to_input
 from .models import Classifier
 
-# %% ../../nbs/core/08_forward.ipynb #8d0e8715
+# %% ../../nbs/core/08_forward.ipynb #f703b83b
 def unwrapped(module: nn.Module) -> nn.Module:
     "The module inside the wrappers of `torch.compile` and of data parallelism."
     while True:
@@ -46,6 +48,7 @@ class Prepared(nn.Module):
 
     def forward(self, x): return self.network(x)
 
+# %% ../../nbs/core/08_forward.ipynb #8d0e8715
 def bare(model: nn.Module) -> nn.Module:
     "The network alone, without wrappers and preparation."
     model = unwrapped(model)
@@ -75,21 +78,23 @@ def prepared(
     if transform is not None: known = read_preparation(transform, channels=known.channels)
     return Prepared(bare(model), read_preparation(known, **given))
 
-# %% ../../nbs/core/08_forward.ipynb #d37844ca
+# %% ../../nbs/core/08_forward.ipynb #8301f5ba
 def floating_tensor(model: nn.Module) -> Tensor | None:
     "The first floating-point parameter or buffer: images follow its device and dtype. None if there is none."
     tensors = chain(model.parameters(), model.buffers())
     return next((t for t in tensors if t.is_floating_point()), None)
 
+# %% ../../nbs/core/08_forward.ipynb #d37844ca
 def is_channels_last(model: nn.Module) -> bool:
     "Whether a convolution's weights lie in channels-last order, and only in that."
     def only_channels_last(t: Tensor) -> bool: # By strides: with one channel both orders count as contiguous
         return t.stride(1) == 1 and t[0, 0].numel() > 1 and t.is_contiguous(memory_format=torch.channels_last)
     return any(p.ndim == 4 and only_channels_last(p) for p in model.parameters())
 
-# %% ../../nbs/core/08_forward.ipynb #39e1422c
+# %% ../../nbs/core/08_forward.ipynb #27185ba8
 _AXES = {nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5} # Of a batch that such a convolution takes
 
+# %% ../../nbs/core/08_forward.ipynb #39e1422c
 def input_axes(model: nn.Module) -> int | None:
     "How many axes a batch for `model` has, by its first convolution; None: it has no convolution."
     for m in model.modules():
@@ -158,11 +163,12 @@ def as_input(
     if is_channels_last(model): return x.clone(memory_format=torch.channels_last) # Also of grey images
     return x.clone() if x.is_contiguous() and x is images else x.contiguous()
 
-# %% ../../nbs/core/08_forward.ipynb #ba7a81ed
+# %% ../../nbs/core/08_forward.ipynb #f5a4dbb5
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _POINT_NOWHERE = {int, float, str, bool, type(None)}
 _MAY_POINT = (nn.Module, Tensor, MethodType, partial, list, tuple, dict)
 
+# %% ../../nbs/core/08_forward.ipynb #ba7a81ed
 def _to_copies(value: object, copies: dict[int, object]) -> object:
     "`value`, with copies in the place of the modules and parameters in it; `copies` goes by `id`."
     if id(value) in copies: return copies[id(value)]
@@ -176,13 +182,14 @@ def _to_copies(value: object, copies: dict[int, object]) -> object:
     if type(value) not in (list, tuple) or set(map(type, value)) <= _POINT_NOWHERE: return value
     return type(value)(_to_copies(v, copies) for v in value)
 
-# %% ../../nbs/core/08_forward.ipynb #1d1524f4
+# %% ../../nbs/core/08_forward.ipynb #c0d100ac
 def _knows_training(function: object) -> bool:
     "Whether a function refers to a module that is in training mode."
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     modules = [getattr(value, "__self__", value) for value in cells] # Of a bound method whose it is
     return any(isinstance(m, nn.Module) and any(part.training for part in m.modules()) for m in modules)
 
+# %% ../../nbs/core/08_forward.ipynb #1d1524f4
 def _check_forward(module: nn.Module, copy: nn.Module) -> None:
     "Raise `NiooddError` if a `forward` that was put into `module` would run in training mode in `copy`, too."
     forward = vars(copy)["forward"]
@@ -235,9 +242,10 @@ def _redirect(copier: _Copier) -> None:
             if isinstance(state[k], _MAY_POINT): state[k] = _to_copies(state[k], copier.copies)
         if copier.mode is not None and "forward" in state: _check_forward(old, new)
 
-# %% ../../nbs/core/08_forward.ipynb #443a22d7
+# %% ../../nbs/core/08_forward.ipynb #31dd2b9c
 def _cloned(buffers: dict) -> dict: return {k: b if b is None else b.clone() for k, b in buffers.items()}
 
+# %% ../../nbs/core/08_forward.ipynb #3c256130
 def private_copy(
     model: nn.Module, # Any network; not changed
     mode: str | None = "eval", # Of the copy: "eval", "train" (with buffers of its own), or None: as it is
@@ -262,14 +270,16 @@ def independent_copy(model: nn.Module) -> nn.Module: # In eval mode, without gra
     for m in copy.modules(): m._buffers = _cloned(m._buffers)
     return copy
 
+# %% ../../nbs/core/08_forward.ipynb #443a22d7
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     "The parameters by name, as they would be called without wrappers of `torch.compile` and data parallelism."
     return dict(_Copier(None).copy(model).named_parameters())
 
-# %% ../../nbs/core/08_forward.ipynb #3976c30d
+# %% ../../nbs/core/08_forward.ipynb #1a51d545
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs",
                 "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called")
 
+# %% ../../nbs/core/08_forward.ipynb #3976c30d
 def listen(
     modules: Iterable[nn.Module], # Of a private copy
     hook: Callable, # hook(module, args, kwargs, output); with `before`, hook(module, args, kwargs)
@@ -321,14 +331,16 @@ def call_network(
     "What a classifier says of images. Raises `NiooddError` as `run_network` and `as_logits`."
     return as_logits(run_network(model, x), x.shape[0])
 
-# %% ../../nbs/core/08_forward.ipynb #831b80d4
+# %% ../../nbs/core/08_forward.ipynb #24934fb3
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, torch.ao.nn.quantized.dynamic.Linear)
 _LINEAR = (nn.Linear, torch.ao.nn.quantized.dynamic.Linear)
 
+# %% ../../nbs/core/08_forward.ipynb #f37e8c62
 def _first_argument(args: tuple, kwargs: dict) -> Tensor:
     "What a layer was called with, `layer(x)` or `layer(input=x)`."
     return args[0] if args else next(iter(kwargs.values()))
 
+# %% ../../nbs/core/08_forward.ipynb #831b80d4
 def layer_inputs(
     model: nn.Module, # Any classifier: images → logits [N, K]
     x: Tensor, # Images as the model takes them
@@ -353,11 +365,12 @@ def layer_inputs(
     listen(modules.values(), note, before=True)
     return call_network(copy, x), seen
 
-# %% ../../nbs/core/08_forward.ipynb #2096a883
+# %% ../../nbs/core/08_forward.ipynb #2b3e1e73
 def pooled(t: Tensor) -> Tensor: # [N, C, …] → [N, C]
     "The mean over all positions; vectors as they are."
     return t.flatten(2).mean(2) if t.ndim > 2 else t
 
+# %% ../../nbs/core/08_forward.ipynb #2096a883
 def last_inputs(
     model: nn.Module, # Any classifier: images → logits [N, K]
     x: Tensor, # Images as the model takes them
@@ -463,21 +476,24 @@ class SharedImages:
         torch.distributed.all_reduce(whole) # Elsewhere it is zero
         return whole.to(found.device)
 
-# %% ../../nbs/core/08_forward.ipynb #c41e4c27
+# %% ../../nbs/core/08_forward.ipynb #0caf2b1e
 Images = Tensor | KeptImages | SharedImages # [N, C, H, W]
 
+# %% ../../nbs/core/08_forward.ipynb #24d371b1
 def take(images: Images, index: slice | Tensor) -> Images:
     "Some of the images; of those in a file nothing is read."
     return images[index] if isinstance(images, Tensor) else images.select(index)
 
+# %% ../../nbs/core/08_forward.ipynb #c41e4c27
 def gathered(images: Images, found: Tensor) -> Tensor: # [n, …] → [N, …]
     "What was found out about the images, of all processes that have a part of them."
     return images.gather(found) if isinstance(images, SharedImages) else found
 
-# %% ../../nbs/core/08_forward.ipynb #d09005ba
+# %% ../../nbs/core/08_forward.ipynb #6510d062
 BYTES_AT_ONCE = 16e6 # Of the largest layer's output, on a CPU
 _batch_sizes = WeakKeyDictionary() # Network → shape of an image → how many images
 
+# %% ../../nbs/core/08_forward.ipynb #d09005ba
 @torch.no_grad()
 def _suitable_batch_size(model: nn.Module, run: Callable, image: Tensor) -> int:
     "How many images [1, C, H, W] make the largest layer put out `BYTES_AT_ONCE`: 16 to 500."
@@ -513,7 +529,7 @@ def batches(
         batch_size = math.ceil(len(images) / parts)
     return images.split(batch_size or 500)
 
-# %% ../../nbs/core/08_forward.ipynb #a09faf6f
+# %% ../../nbs/core/08_forward.ipynb #c32fa8de
 @torch.no_grad()
 def each_batch(
     model: nn.Module, # Any classifier
@@ -536,11 +552,12 @@ def each_batch(
             bar.update(len(part))
     return tuple(out)
 
+# %% ../../nbs/core/08_forward.ipynb #a09faf6f
 def _room_for(t: Tensor, n: int) -> Tensor:
     "A tensor for n rows like those of `t`. One large one: many small results would fragment the heap."
     return torch.empty(n, *t.shape[1:], dtype=t.dtype if t.dtype == torch.float64 else torch.float32)
 
-# %% ../../nbs/core/08_forward.ipynb #7a3540b3
+# %% ../../nbs/core/08_forward.ipynb #883a883b
 def features_of(
     model: nn.Module, # Any classifier: images → logits [N, K]
     images: Tensor, # [N, C, H, W], see `as_input`
@@ -559,5 +576,6 @@ def logits_of(
     "Logits of all images. Every threshold is set, and every image judged, by this one function."
     return each_batch(model, images, _only_logits, batch_size, progress)[0]
 
+# %% ../../nbs/core/08_forward.ipynb #7a3540b3
 def _only_logits(model: nn.Module, x: Tensor) -> tuple[Tensor]:
     return (call_network(model, x),)

@@ -9,7 +9,7 @@ __all__ = ['INTERPOLATIONS', 'LONGEST', 'VALUES_AT_ONCE', 'MOST_PIXELS', 'FILES_
            'read_ahead', 'read_images', 'is_visible', 'image_files', 'as_text', 'split_folders', 'FolderListing',
            'list_folder', 'read_folder', 'ImageFiles']
 
-# %% ../../nbs/core/05_images.ipynb #6a958612
+# %% ../../nbs/core/05_images.ipynb #061b6698
 import math
 import os
 import stat
@@ -21,11 +21,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# %% ../../nbs/core/05_images.ipynb #1275b31a
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+# %% ../../nbs/core/05_images.ipynb #6a958612
 from .errors import NiooddError, unknown
 from .registry import patch
 
@@ -71,9 +73,10 @@ def check_shape(size: int | None, channels: int | None) -> None:
     if channels is not None and channels not in (1, 3):
         raise NiooddError(f"channels is {channels!r}; it must be 1 (grey) or 3 (RGB)")
 
-# %% ../../nbs/core/05_images.ipynb #1a048618
+# %% ../../nbs/core/05_images.ipynb #21b52943
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
+# %% ../../nbs/core/05_images.ipynb #1a048618
 def _numbers_of(values: Any, name: str) -> tuple[float, ...]:
     "One number, or one for each channel. Raises `NiooddError` for anything else."
     try: numbers = tuple(map(float, values if np.ndim(values) else [values]))
@@ -108,14 +111,16 @@ class Preparation:
             raise NiooddError(f"resize is {self.resize} and size {self.size}; "
                               "expected a size that can be cut out of it")
 
-# %% ../../nbs/core/05_images.ipynb #9e214b8d
+# %% ../../nbs/core/05_images.ipynb #80a4cd82
 @patch
 def as_json(self: Preparation) -> dict[str, Any]:
     "Its fields, for JSON; `Preparation(**fields)` takes them."
     return asdict(self) | dict(mean=[*self.mean], std=[*self.std])
 
+# %% ../../nbs/core/05_images.ipynb #02b136d6
 def _joined(numbers: tuple[float, ...]) -> str: return "/".join(f"{x:g}" for x in numbers)
 
+# %% ../../nbs/core/05_images.ipynb #9e214b8d
 @patch
 def in_words(self: Preparation) -> str:
     "What is done to a picture, for people."
@@ -126,21 +131,23 @@ def in_words(self: Preparation) -> str:
     steps += {1: ["grey"], 3: ["in colour"]}.get(self.channels, [])
     return ", ".join([*steps, f"(pixels in [0, 1] − {_joined(self.mean)}) / {_joined(self.std)}"])
 
-# %% ../../nbs/core/05_images.ipynb #4a571d51
+# %% ../../nbs/core/05_images.ipynb #994543c6
 LONGEST = 4 # Times the shorter side: more of the longer side is not looked at
 
+# %% ../../nbs/core/05_images.ipynb #531861f6
 def _middle(images: Tensor, h: int, w: int) -> Tensor:
     "The middle h×w pixels, as torchvision's `center_crop` has them."
     top, left = (int(round((have - want) / 2)) for have, want in zip(images.shape[2:], (h, w)))
     return images[:, :, top:top + h, left:left + w]
 
+# %% ../../nbs/core/05_images.ipynb #4a571d51
 def _resized(images: Tensor, h: int, w: int, interpolation: str) -> Tensor:
     "Antialiased."
     if images.shape[2:] == (h, w): return images
     from torchvision.transforms.v2 import InterpolationMode, functional  # torchvision takes seconds to import
     return functional.resize(images, [h, w], InterpolationMode(interpolation), antialias=True)
 
-# %% ../../nbs/core/05_images.ipynb #3e28585d
+# %% ../../nbs/core/05_images.ipynb #2ab488a8
 def _square(images: Tensor, preparation: Preparation) -> Tensor:
     "Step 2."
     size = preparation.size
@@ -152,19 +159,22 @@ def _square(images: Tensor, preparation: Preparation) -> Tensor:
     h, w = (to * side // short for side in images.shape[2:])
     return _middle(_resized(images, h, w, preparation.interpolation), size, size)
 
+# %% ../../nbs/core/05_images.ipynb #3e28585d
 def _prepared_chunk(images: Tensor, preparation: Preparation) -> Tensor:
     "Steps 1 to 3 for a few images."
     if images.shape[1] == 3 and preparation.channels == 1: images = luma(images)
     return _square(images, preparation).expand(-1, preparation.channels or -1, -1, -1)
 
-# %% ../../nbs/core/05_images.ipynb #f139e342
+# %% ../../nbs/core/05_images.ipynb #52f64000
 VALUES_AT_ONCE = 2**22 # Numbers of the larger side, before or after, that are resized together
 
+# %% ../../nbs/core/05_images.ipynb #269f1d86
 def _nothing_to_do(images: Tensor, p: Preparation) -> bool:
     "Whether steps 1 to 3 change nothing."
     square = p.size is None or images.shape[2:] == (p.size, p.size) and p.resize in (None, p.size)
     return square and p.channels in (None, images.shape[1])
 
+# %% ../../nbs/core/05_images.ipynb #f139e342
 def prepare(
     images: Tensor, # uint8 [N, C, H, W]
     preparation: Preparation,
@@ -194,12 +204,14 @@ def resize(
     "`prepare` with `Preparation(size, channels)`."
     return prepare(images, Preparation(size, channels))
 
-# %% ../../nbs/core/05_images.ipynb #3e6689a5
+# %% ../../nbs/core/05_images.ipynb #f76d5d02
 _PLAIN = Preparation()
 
+# %% ../../nbs/core/05_images.ipynb #c1949364
 def _of_channels(numbers: tuple[float, ...], x: Tensor) -> Tensor: # [1 or C, 1, 1]
     return x.new_tensor(numbers).view(-1, 1, 1)
 
+# %% ../../nbs/core/05_images.ipynb #3e6689a5
 def to_input(
     images: Tensor, # uint8, any shape; with a mean for each channel [N, C, H, W]
     preparation: Preparation = _PLAIN, # Its `mean` and `std`
@@ -216,7 +228,7 @@ def to_uint8(
     "Pixels from a network's input or a generator's output: the inverse of `to_input`, rounded."
     return x.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
-# %% ../../nbs/core/05_images.ipynb #22a8c31a
+# %% ../../nbs/core/05_images.ipynb #0fb489bd
 def _side(value: Any) -> int | None:
     "The number of pixels that is meant by `224`, `[224]`, `[224, 224]` or `{'height': 224, 'width': 224}`."
     if isinstance(value, Mapping):
@@ -226,17 +238,19 @@ def _side(value: Any) -> int | None:
     if len(sides) == 1: return sides.pop()
     raise NiooddError(f"its sizes are {sorted(sides)}; expected squares")
 
+# %% ../../nbs/core/05_images.ipynb #22a8c31a
 def _interpolation(value: Any) -> str:
     "The name of an interpolation, of torchvision, timm or PIL (a number)."
     of_pil = {0: "nearest", 2: "bilinear", 3: "bicubic"}
     return of_pil.get(value, str(value)) if isinstance(value, int) else str(getattr(value, "value", value))
 
-# %% ../../nbs/core/05_images.ipynb #6ff1dd9d
+# %% ../../nbs/core/05_images.ipynb #78c95ea1
 def _of_preset(t: Any) -> dict[str, Any]:
     "What `weights.transforms()` of torchvision says."
     return dict(size=_side(t.crop_size), resize=_side(t.resize_size), channels=len(t.mean), mean=t.mean, std=t.std,
                 interpolation=_interpolation(t.interpolation))
 
+# %% ../../nbs/core/05_images.ipynb #6ff1dd9d
 def _of_timm(config: Mapping) -> dict[str, Any]:
     "What `timm.data.resolve_data_config` says."
     channels, *sides = config["input_size"]
@@ -401,12 +415,13 @@ def check_classes(image_set: ImageSet) -> None:
         raise NiooddError(f"{s.name}: no images of class {', '.join(empty)}; "
                           "give it some, or leave the class out")
 
-# %% ../../nbs/core/05_images.ipynb #1460a630
+# %% ../../nbs/core/05_images.ipynb #1c1aa2ee
 def _sixteen_bits(im: Any) -> bool:
     "Whether a grey image of more than 8 bits per pixel has 16."
     # PIL may open 16-bit PNG and PGM files in the mode I, which has room for 32
     return im.mode.startswith("I;16") or im.format in ("PNG", "PPM")
 
+# %% ../../nbs/core/05_images.ipynb #1460a630
 def _over_white(im: Any) -> Any:
     "A PIL image with transparency, laid over white: in grey if it is grey, else in RGB."
     from PIL import Image
@@ -430,9 +445,10 @@ def _pixels(im: Any) -> np.ndarray:
     if im.mode == "1": im = im.convert("L") # One bit per pixel
     return np.array(im if im.mode in ("L", "RGB") else im.convert("RGB"))
 
-# %% ../../nbs/core/05_images.ipynb #a8e96a47
+# %% ../../nbs/core/05_images.ipynb #fc4970ef
 MOST_PIXELS = 25_000_000 # Of an image in a file
 
+# %% ../../nbs/core/05_images.ipynb #a8e96a47
 def check_regular(path: str | os.PathLike) -> int: # Its size, bytes
     "Raise `NiooddError` unless `path` is a regular file."
     try: found = os.stat(path)
@@ -479,9 +495,10 @@ def _stack(images: list[Tensor]) -> Tensor:
     channels = max(len(x) for x in images)
     return torch.stack([x.expand(channels, -1, -1) for x in images])
 
-# %% ../../nbs/core/05_images.ipynb #c9f2a81e
+# %% ../../nbs/core/05_images.ipynb #d21c37d1
 FILES_AT_ONCE = 64 # Decoded by a thread before it takes new work
 
+# %% ../../nbs/core/05_images.ipynb #c9f2a81e
 def decode_all(
     files: Sequence[tuple[Any, str]], # (file, name) pairs, see `decode`
     preparation: Preparation,
@@ -498,9 +515,10 @@ def decode_all(
         bar = tqdm(done, "decoding", len(parts), leave=False, delay=2, mininterval=0.5)
         return _stack([*chain.from_iterable(bar)])
 
-# %% ../../nbs/core/05_images.ipynb #0233bcc2
+# %% ../../nbs/core/05_images.ipynb #b6c70e2f
 Read = tuple[list[Path], list[Tensor | NiooddError]] # Paths; for each uint8 [C, H, W], or why there is none
 
+# %% ../../nbs/core/05_images.ipynb #5bcbb6e7
 def read_ahead(
     parts: Iterable[Sequence[Path]], # Of image files
     preparation: Preparation,
@@ -521,6 +539,7 @@ def read_ahead(
             while waiting: yield _finished(waiting.popleft())
         finally: pool.shutdown(cancel_futures=True)
 
+# %% ../../nbs/core/05_images.ipynb #0233bcc2
 def _finished(part: tuple[list[Path], list[Future]]) -> Read: return part[0], [f.result() for f in part[1]]
 
 # %% ../../nbs/core/05_images.ipynb #a539cae8
@@ -539,13 +558,15 @@ def read_images(
     if not len(paths): raise NiooddError("no image files given; expected at least one")
     return decode_all([(p, str(p)) for p in paths], preparation, most_pixels)
 
-# %% ../../nbs/core/05_images.ipynb #f7949d0f
+# %% ../../nbs/core/05_images.ipynb #4ce41fa6
 SYSTEM_FILES = ("Thumbs.db", "desktop.ini") # Windows puts them beside images
 
+# %% ../../nbs/core/05_images.ipynb #7c8277d7
 def is_visible(path: Path) -> bool:
     "Whether a file or folder counts: neither hidden nor one of `SYSTEM_FILES`."
     return not path.name.startswith(".") and path.name not in SYSTEM_FILES
 
+# %% ../../nbs/core/05_images.ipynb #f7949d0f
 def image_files(folder: Path) -> list[Path]:
     "The entries of `folder` in the order of their names, without hidden ones."
     return sorted(filter(is_visible, folder.iterdir()))
@@ -564,11 +585,12 @@ class _Listing(NamedTuple):
     class_of: list[str] # The class of each image; empty for a flat folder
     classes: list[str] # All classes, also those without images; empty for a flat folder
 
-# %% ../../nbs/core/05_images.ipynb #1461d011
+# %% ../../nbs/core/05_images.ipynb #dacbb1b3
 def as_text(path: Path) -> str:
     "The name of a file or folder; bytes that are no text as \\xe9."
     return os.fsencode(path.name).decode(errors="backslashreplace")
 
+# %% ../../nbs/core/05_images.ipynb #1461d011
 def _list_subfolders(entries: list[Path]) -> _Listing:
     "The images in `entries`, which are one subfolder per class."
     listing = _Listing([], [], [as_text(p) for p in entries])
@@ -594,9 +616,10 @@ def _list_folder(folder: Path) -> _Listing:
         raise NiooddError(f"the folder {folder} holds no images; expected at least one")
     return listing
 
-# %% ../../nbs/core/05_images.ipynb #c7f3902a
+# %% ../../nbs/core/05_images.ipynb #be4b660d
 TEST_FOLDERS = ("test", "val", "valid", "validation") # The first that exists is the test split
 
+# %% ../../nbs/core/05_images.ipynb #c7f3902a
 def split_folders(path: Path) -> dict[str, Path]: # Keys "train" and "test", or none
     "The folders of the two splits inside a folder of images; {} if the images are not split."
     tests = [path / name for name in TEST_FOLDERS if (path / name).is_dir()]

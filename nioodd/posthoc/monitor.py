@@ -7,7 +7,7 @@ __all__ = ['FEWEST', 'STAKES', 'MOST', 'STRETCHES', 'STATE', 'BLOCK', 'simulate_
            'growing_ranks', 'rate_ceilings', 'calibration_conditional', 'ClassConditional', 'asleep', 'awakening',
            'bet_ranks', 'bet_factors', 'play', 'smallest_share', 'Monitor', 'simulate', 'monitor_study']
 
-# %% ../../nbs/posthoc/04_monitor.ipynb #b5ba1b1a
+# %% ../../nbs/posthoc/04_monitor.ipynb #a690554a
 import hashlib
 import math
 import os
@@ -15,9 +15,11 @@ import warnings
 from itertools import product
 from pathlib import Path
 
+# %% ../../nbs/posthoc/04_monitor.ipynb #46a22c03
 import torch
 from torch import Tensor
 
+# %% ../../nbs/posthoc/04_monitor.ipynb #b5ba1b1a
 from nioodd.core.detector import (
     Detector,
     all_images,
@@ -78,7 +80,7 @@ def _beta_quantile(q: float, rank: int | Tensor, n: int) -> Tensor: # float64, i
     rank = torch.as_tensor(rank, dtype=torch.float64)
     return torch.as_tensor(betaincinv(rank.numpy(), (n + 1 - rank).numpy(), q), dtype=torch.float64)
 
-# %% ../../nbs/posthoc/04_monitor.ipynb #6aa05b94
+# %% ../../nbs/posthoc/04_monitor.ipynb #419b3f91
 def _rank_for(n: int, false_alarms: float) -> int:
     "The largest rank with rank / (n + 1) ≤ `false_alarms`. Raises `NiooddError` if there is none."
     _check_count(n)
@@ -88,6 +90,7 @@ def _rank_for(n: int, false_alarms: float) -> int:
     raise NiooddError(f"{n} held-out images give no p-value below {1 / (1 + n):.2g}, "
                       f"and false_alarms is {false_alarms}; expected a larger rate; hold out more")
 
+# %% ../../nbs/posthoc/04_monitor.ipynb #6aa05b94
 def _check_count(n: int) -> None:
     "Raise `NiooddError` unless `n` is a number of held-out images."
     if isinstance(n, int) and not isinstance(n, bool) and n > 0: return
@@ -179,9 +182,10 @@ def _ranks_of(p, n: int) -> Tensor: # int64 [N] in 1 … n + 1
     raise NiooddError(f"p-values are no multiples of 1/{n + 1}; expected conformal p-values by {n} held-out "
                       "images; take them from the p_values of the detector that was calibrated by these")
 
-# %% ../../nbs/posthoc/04_monitor.ipynb #239c8bbf
+# %% ../../nbs/posthoc/04_monitor.ipynb #1155d5a1
 FEWEST = 19 # Held-out images that a class needs: its smallest p-value is then 0.05
 
+# %% ../../nbs/posthoc/04_monitor.ipynb #239c8bbf
 class ClassConditional:
     """p-values calibrated for each class that the network names, around a fitted detector.
 
@@ -263,7 +267,7 @@ def p_values(self: ClassConditional,
         p[labels == c] = conformal_p_values(scores[labels == c], known)
     return p
 
-# %% ../../nbs/posthoc/04_monitor.ipynb #9c41abc1
+# %% ../../nbs/posthoc/04_monitor.ipynb #2181bd9e
 @patch
 def is_ood(self: ClassConditional,
     x: Tensor, # [B, C, H, W], see `as_input`
@@ -277,6 +281,7 @@ def is_ood(self: ClassConditional,
     scores, labels, _ = self._named(x)
     return self.p_values(scores, labels) <= false_alarms + 1e-12 # Equal but for rounding counts
 
+# %% ../../nbs/posthoc/04_monitor.ipynb #9c41abc1
 def _check_class_size(c: int, n: int, false_alarms: float) -> None:
     "Raise `NiooddError` where `n` held-out images give no p-value as small as `false_alarms`."
     if false_alarms * (1 + n) + 1e-9 >= 1: return
@@ -336,9 +341,10 @@ def smallest_share(
     expected = ranks.double() / (n + 1)
     return ((rate_ceilings(n, ranks, false_alarms / 2) - expected) / (1 - expected)).amin().item()
 
-# %% ../../nbs/posthoc/04_monitor.ipynb #c7c5bcd8
+# %% ../../nbs/posthoc/04_monitor.ipynb #16ea0680
 STRETCHES = 512 # Points of the picture, at most
 
+# %% ../../nbs/posthoc/04_monitor.ipynb #c7c5bcd8
 class Monitor:
     """Says that a stream of images has changed: gamblers bet that p-values are too small (Vovk, 2021).
 
@@ -383,17 +389,19 @@ def _calibration_size(detector: Detector | None, n: int | None) -> int:
         raise NiooddError(f"this {kind} has no calibration; expected fit(train, held_out) first")
     return len(detector.calibration)
 
-# %% ../../nbs/posthoc/04_monitor.ipynb #ecb3e1c0
+# %% ../../nbs/posthoc/04_monitor.ipynb #e4269f14
 @patch(property)
 def wealth(self: Monitor) -> float: # Above 0
     "What all gamblers own, of 1 at the start."
     return self.playing.mean().item() + asleep(self.seen)
 
+# %% ../../nbs/posthoc/04_monitor.ipynb #c102567c
 @patch(property)
 def alarm_wealth(self: Monitor) -> float:
     "The wealth that raises the alarm: 2 / `false_alarms`."
     return 2 / self.false_alarms
 
+# %% ../../nbs/posthoc/04_monitor.ipynb #ecb3e1c0
 @patch(property)
 def changed(self: Monitor) -> bool:
     "Whether there has been an alarm."
@@ -536,9 +544,10 @@ def load(cls: type[Monitor],
         raise NiooddError(f"{file} does not exist; expected a file of Monitor.save; check the path")
     return cls.restore(read_json(file, STATE), detector)
 
-# %% ../../nbs/posthoc/04_monitor.ipynb #2f3e91af
+# %% ../../nbs/posthoc/04_monitor.ipynb #85c68e0b
 BLOCK = 500 # Images of each stream that are drawn at once
 
+# %% ../../nbs/posthoc/04_monitor.ipynb #2f3e91af
 def _strangeness(
     streams: int, # S
     first: int, # The first image, from 0
