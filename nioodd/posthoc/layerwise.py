@@ -8,17 +8,19 @@ __all__ = ['BETWEEN', 'BENDS', 'ROUNDING', 'ALL_BEYOND', 'MAP_BEYOND', 'ALL_WEIG
            'layer_scores', 'Surprise', 'is_map', 'is_gap', 'late_sum', 'whole_sum', 'early_evidence',
            'LayerwiseDetector', 'prototype_classes', 'learn_banks']
 
-# %% ../../nbs/posthoc/02_layerwise.ipynb #6bb73890
+# %% ../../nbs/posthoc/02_layerwise.ipynb #35d698d0
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #c8ee03f3
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #6bb73890
 from ..core.detector import Detector, all_images, check_sorted_scores, shared_images
 from ..core.errors import NiooddError
 from nioodd.core.forward import (
@@ -156,9 +158,10 @@ def subspace(
         torch.default_generator.manual_seed(seed) # The CPU's only
         return torch.svd_lowrank(directions, min(dimensions, *directions.shape), niter=3)[2]
 
-# %% ../../nbs/posthoc/02_layerwise.ipynb #65c70470
+# %% ../../nbs/posthoc/02_layerwise.ipynb #70089c46
 BETWEEN = " between classes" # Ends the name of a part
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #65c70470
 @dataclass(frozen=True)
 class Bank:
     "The known directions of one kind at one layer, in their subspace."
@@ -204,10 +207,11 @@ def layer_scores(
         for kind, score in bank.scores(read[name]).items(): scores[name + kind] = score
     return logits.cpu(), scores
 
-# %% ../../nbs/posthoc/02_layerwise.ipynb #7c31a267
+# %% ../../nbs/posthoc/02_layerwise.ipynb #fc4fdb29
 BENDS = 16 # Of −log p, up to the 90th percentile
 ROUNDING = 2e-6 # Differences of scores below this share of the largest one are rounding errors
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #7c31a267
 class Surprise:
     """How unlikely scores are for known images: −log p, from quantiles of `known` up to the
     90th percentile, exponential beyond."""
@@ -234,27 +238,33 @@ class Surprise:
         depth = (scores.double()[:, None] - self.start).clamp_min(0).minimum(self.width)
         return (depth * self.slope).sum(1)
 
-# %% ../../nbs/posthoc/02_layerwise.ipynb #baca45d8
+# %% ../../nbs/posthoc/02_layerwise.ipynb #f5d2beea
 ALL_BEYOND, MAP_BEYOND = 3., 5. # −log p up to which early evidence says nothing: p = 0.05 and 0.007
 ALL_WEIGHT = 2.
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #d5c7c854
 SUMS = {"late", "whole"}
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #6cff8ef0
 def is_map(name: str) -> bool: return name.endswith((" where", " what")) # Whether a part reads a map
 def is_gap(name: str) -> bool: return name.endswith(BETWEEN)
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #8ea69189
 def late_sum(surprises: dict[str, Tensor]) -> Tensor: # By part, float64 [B]
     "Fisher's sum of what knows classes: the energy, layers that read vectors, gaps between classes."
     return sum(s for name, s in surprises.items() if not is_map(name))
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #3a97e70a
 def whole_sum(surprises: dict[str, Tensor]) -> Tensor: # By part, float64 [B]
     "Fisher's sum of everything but the gaps."
     return sum(s for name, s in surprises.items() if not is_gap(name))
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #d5f047a2
 def _of_sum(known: Tensor) -> Surprise:
     "−log p of a sum of −log p; it grows no faster than the sum itself, also where all known images are alike."
     return Surprise(known, steepest=1.)
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #baca45d8
 def early_evidence(
     surprises: dict[str, Tensor], # By part, float64 [B]
     whole: Tensor, # float64 [B], −log p of `whole_sum`
@@ -285,7 +295,7 @@ class LayerwiseDetector(Detector):
         self.surprise: dict[str, Surprise] = {} # `energy`, the names of the banks, and their gaps
         self.sums: dict[str, Surprise] = {} # `late` and `whole`; empty: the score is the plain sum
 
-# %% ../../nbs/posthoc/02_layerwise.ipynb #1dfe30c7
+# %% ../../nbs/posthoc/02_layerwise.ipynb #8ffa5363
 @patch
 def evidence(self: LayerwiseDetector,
     x: Tensor, # [B, C, H, W], see `as_input`
@@ -299,6 +309,7 @@ def evidence(self: LayerwiseDetector,
         surprises[name] = surprise(torch.cat([scores[name] for _, scores in parts]))
     return torch.cat([logits for logits, _ in parts]), surprises
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #1dfe30c7
 @patch
 def _check_fitted(self: LayerwiseDetector) -> None:
     "Raise `NiooddError` unless there are banks."
@@ -332,18 +343,20 @@ def combine(self: LayerwiseDetector,
     early = early_evidence(surprises, self.sums["whole"](whole_sum(surprises)))
     return self.sums["late"](late_sum(surprises)) + early, early
 
-# %% ../../nbs/posthoc/02_layerwise.ipynb #606c6eb8
+# %% ../../nbs/posthoc/02_layerwise.ipynb #f207a8ed
 @patch
 def verdict(self: LayerwiseDetector, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
     "As `Detector.verdict`, and `early`: the share of the score that early layers give, float64 [B] in [0, 1]."
     return self._logits_and_verdict(x)[1]
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #7fa02389
 @patch
 def explain(self: LayerwiseDetector, x: Tensor) -> dict[str, Tensor]: # x [B, C, H, W], see `as_input`
     "As `Detector.explain`, and `early`, as in `verdict`."
     logits, verdict = self._logits_and_verdict(x)
     return self.details_of(logits) | verdict
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #606c6eb8
 @patch
 def _logits_and_verdict(self: LayerwiseDetector, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     "From one pass."
@@ -351,10 +364,11 @@ def _logits_and_verdict(self: LayerwiseDetector, x: Tensor) -> tuple[Tensor, dic
     score, early = self.combine(surprises)
     return logits, self.verdict_of(logits, score) | dict(early=early / score.clamp_min(1e-9))
 
-# %% ../../nbs/posthoc/02_layerwise.ipynb #0e2bb09b
+# %% ../../nbs/posthoc/02_layerwise.ipynb #d407d21f
 SUBSPACE_IMAGES = 5000 # At most so many images decide on the subspaces
 SUBSPACE_BYTES = 6e8 # And so many bytes of what is read of them
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #0e2bb09b
 def _read_all(
     model: nn.Module,
     images: Images, # [N, C, H, W]
@@ -526,7 +540,7 @@ def learnt(self: LayerwiseDetector) -> dict[str, Tensor]:
     for i, (name, surprise) in enumerate(self.surprise.items()): tensors[f"known.{i:03}.{name}"] = surprise.known
     return tensors
 
-# %% ../../nbs/posthoc/02_layerwise.ipynb #d705df98
+# %% ../../nbs/posthoc/02_layerwise.ipynb #d8275b99
 def _check_classes(name: str, classes: Tensor | None, bank: Tensor) -> None:
     "Raise `NiooddError` unless saved classes, if there are any, are int32 [M], at least two of them."
     if classes is None: return
@@ -541,10 +555,12 @@ def _check_bank(name: str, basis: Tensor, bank: Tensor) -> None:
     raise NiooddError(f"the bank of {name} has shapes {list(basis.shape)} and {list(bank.shape)}; "
                       "expected [D, d] and [M, d], finite; fit the detector again and save it")
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #69dad9c0
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     "The tensors whose name begins with `prefix`, without it, in the order of their names."
     return {name.removeprefix(prefix): t for name, t in sorted(tensors.items()) if name.startswith(prefix)}
 
+# %% ../../nbs/posthoc/02_layerwise.ipynb #d705df98
 @patch
 def restore(self: LayerwiseDetector, tensors: dict[str, Tensor]) -> None:
     "Takes back what `learnt` gave. Raises `NiooddError` if a part is missing."
@@ -566,3 +582,40 @@ def restore(self: LayerwiseDetector, tensors: dict[str, Tensor]) -> None:
     for name in filter(bank.__contains__, known):
         of_bank = classes[name].long() if name in classes else None
         self.banks[name] = Bank(basis[name].double(), bank[name].float(), of_bank)
+
+# %% ../../nbs/posthoc/02_layerwise.ipynb #65237a22
+def _unexplained(bank: Bank, u: Tensor) -> Tensor: # u float32 [B, D] → float64 [B, D]
+    "The square of what the nearest known direction leaves of each number."
+    within = bank._within(u)
+    nearest = bank.known.to(within)[(within.float() @ bank.known.T.to(u.device)).argmax(1)]
+    return (F.normalize(u.double(), dim=1) - nearest @ bank.basis.T.to(u.device)).square()
+
+# %% ../../nbs/posthoc/02_layerwise.ipynb #8068ef83
+@patch
+def where(self: LayerwiseDetector,
+    x: Tensor, # [B, C, H, W], see `as_input`
+) -> Tensor: # float64 [B, 4, 4], rows from the top; each image's sum is 1
+    "Which fields of an image are strange, as far as its layers tell. Raises `NiooddError` for a network without maps."
+    names = [name for name in self.banks if name.endswith(" where")]
+    if not names: raise NiooddError("no layer of this network reads a map; expected one that does, for a where")
+    surprises = self.evidence(x)[1]
+    done, total = 0, []
+    for part in self.parts(x):
+        read, fields = read_directions(self.model, part, names)[1], 0
+        for name in names:
+            left = _unexplained(self.banks[name], read[name]).cpu()
+            side = _side_of(self.model, part, name)
+            by_field = left.view(len(part), -1, *side).sum(1, keepdim=True)
+            weight = surprises[name][done:done + len(part), None, None, None]
+            fields = fields + (0.01 + weight) * F.interpolate(by_field, (4, 4))
+        done += len(part)
+        total.append(fields[:, 0] / fields.sum((1, 2, 3))[:, None, None])
+    return torch.cat(total)
+
+@torch.no_grad()
+def _side_of(model: nn.Module, x: Tensor, name: str) -> list[int]:
+    "How many fields a map has, down and across."
+    layer = name.partition(" ")[0]
+    t = layer_inputs(model, as_input(x[:1], model), [layer], mode="eval")[1][layer]
+    sides = t.shape[2:] if t.ndim > 3 else (1, *t.shape[2:])
+    return [min(4, side) for side in (math.prod(sides[:-1]), sides[-1])]

@@ -14,7 +14,7 @@ from nioodd.core.models import Classifier
 from nioodd.inversion.detector import GarbageDetector
 
 WORDS = ["run", "train", "trust fit", "trust compare", "guard", "export", "score", "data", "report", "bench ood",
-         "bench loop", "bench trust", "bench stream", "bench detectors"]
+         "bench photographs", "bench loop", "bench trust", "bench stream", "bench detectors"]
 
 
 def images(n, seed=0):

@@ -635,3 +635,14 @@ def test_layers_by_name_and_pattern(network, tmp_path):
         assert torch.equal(again.predict(x), detector.predict(x))
     with pytest.raises(NiooddError, match="no layer .* fits 'conv9.*'"):
         LayerwiseDetector(network).fit(train, held_out, layers=[last, "conv9*"])
+
+
+def test_where_is_a_share_of_each_field(network):
+    train, held_out, x = images(300), images(200, seed=1), images(20, seed=2)
+    detector = LayerwiseDetector(network).fit(train, held_out, bank=40)
+    fields = detector.where(x)
+    assert fields.shape == (20, 4, 4) and (fields >= 0).all()
+    assert torch.allclose(fields.sum((1, 2)), torch.ones(20, dtype=torch.float64))
+    assert torch.allclose(detector.where(x[3:5]), fields[3:5], atol=1e-5)
+    vectors = LayerwiseDetector(nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 3)))
+    with pytest.raises(NiooddError, match="reads a map"): vectors.fit(train, held_out, bank=40).where(x)
