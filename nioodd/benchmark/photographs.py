@@ -88,6 +88,7 @@ def bench_photographs(
     work: str | os.PathLike = "runs/bench", # Outputs, scores and locks; may be deleted
     splits: Sequence[int] = (0, 1, 2, 3, 4),
     detectors: Sequence[str] | None = None, # None: all
+    images: int = 500, # Of each unknown set, at most
     root: str | os.PathLike | None = None, # Where named sets are found
     progress: bool = True,
 ) -> dict[int, float]: # Accuracy on the known classes, by split
@@ -101,7 +102,8 @@ def bench_photographs(
             problem = own_problem(model, f"folder:{mine}", root=root)
             fit_head(model, model.network._fc, problem.train.images, problem.train.labels)
             accuracies[split] = accuracy_all(logits_of(model, problem.test.images), problem.test.labels)
-            network = OwnNetwork(model, f"lite0-split{split}", problem, work, root=root, progress=progress)
+            settings = dict(root=root, images=images, progress=progress)
+            network = OwnNetwork(model, f"lite0-split{split}", problem, work, **settings)
             network.name_set("other_classes", f"folder:{near}")
             network.name_set("caltech101", f"folder:{other}")
             board = Board(near=["other_classes"], far=["caltech101", "photos", "letters"])
