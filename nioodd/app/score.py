@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..core.errors import NiooddError, printable
 from ..core.files import parse_json, read_json, write_atomic, write_json
-from ..core.images import MOST_PIXELS, Preparation, is_visible, read_ahead
+from ..core.images import MOST_PIXELS, Preparation, is_visible, read_ahead, stacked
 
 # %% ../../nbs/app/02_score.ipynb #22567029
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp") # Of the files in a folder
@@ -88,7 +88,7 @@ Row = dict[str, Any] # `file`, `class`, and the entries of a verdict but for `la
 def _rows(judge: Judge, paths: Sequence[Path], images: list[Tensor]) -> list[Row]:
     "A row for each image."
     if not images: return []
-    verdict = judge.verdict(torch.stack(images))
+    verdict = judge.verdict(stacked(images))
     labels = verdict.pop("label").tolist()
     classes = judge.classes or range(max(labels) + 1)
     columns = {"file": [*map(str, paths)], "class": [str(classes[k]) for k in labels]}

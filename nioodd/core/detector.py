@@ -67,7 +67,7 @@ from nioodd.core.forward import (
     take,
     unwrapped,
 )
-from .images import ImageSet, Preparation, one_line
+from .images import ImageFiles, ImageSet, Preparation, one_line
 from .metrics import checked_scores
 from .models import NETWORKS
 from .registry import Registry, patch
@@ -292,6 +292,7 @@ def id_batches(
     Raises `NiooddError` for what is no images."""
     if isinstance(images, ImageSet): images = [(images.images, images.labels)]
     elif isinstance(images, Tensor) or _is_pair(images): images = [images]
+    elif isinstance(images, ImageFiles): images = images.in_batches(64)
     elif isinstance(images, Dataset) and not isinstance(images, IterableDataset):
         if len(images): read_batch(images[0]) # Raises an error where it gives no tensors, such as PIL images
         images = DataLoader(images, 256)
@@ -335,7 +336,7 @@ class _Reservoir:
         self.labels: list[int] | None = [] # Of each row; None: not all have one
         self.places: list[int] = [] # Of each row, among all images
         self.largest: list[tuple[float, int]] = [] # Heap of (−number, row)
-        self.bytes = 0
+        self.bytes, self.copied = 0, False
 
     def add(self, x: Tensor, y: Tensor | None) -> None:
         numbers, places = self.draws.next(len(x))
@@ -373,8 +374,7 @@ class _Reservoir:
         self.places[row] = places[i].item()
         if self.labels is not None: self.labels[row] = y[i].item()
         if self.kept is not None: return self.kept.write(image[None], torch.tensor([row]))
-        if len(self.parts) > 1: self.parts = [_joined(self.parts)]
-        elif self.parts[0]._base is not None: self.parts = [self.parts[0].clone()] # It is the loader's
+        if not self.copied: self.parts, self.copied = [_joined(self.parts)], True # Until now they were the loader's
         self.parts[0][row] = image
 
     def _check(self, x: Tensor) -> None:
@@ -397,7 +397,8 @@ class _Reservoir:
 def _some_of(images: Dataset, n: int | None, seed: int, rank: int = 0, ranks: int = 1) -> Dataset:
     "A uniform sample of n, in their order; every so many of these."
     chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n]
-    return Subset(images, chosen.sort().values[rank::ranks].tolist())
+    numbers = chosen.sort().values[rank::ranks].tolist()
+    return images.some(numbers) if isinstance(images, ImageFiles) else Subset(images, numbers)
 
 # %% ../../nbs/core/12_detector.ipynb #7de303ec
 def _is_map(images: Any) -> bool: return isinstance(images, Dataset) and not isinstance(images, IterableDataset)

@@ -421,9 +421,15 @@ class KeptImages:
 
     def write(self, x: Tensor, rows: Tensor) -> None: # x [n, …], rows int64 [n]
         "Puts images into the file."
-        for image, row in zip(x.detach().cpu().contiguous(), rows.tolist()):
-            self.file.seek(row * self.bytes_each)
-            self.file.write(image.view(-1).view(torch.uint8).numpy().data)
+        try:
+            for image, row in zip(x.detach().cpu().contiguous(), rows.tolist()):
+                self.file.seek(row * self.bytes_each)
+                self.file.write(image.view(-1).view(torch.uint8).numpy().data)
+            self.file.flush()
+        except OSError as e:
+            raise NiooddError(f"images cannot be kept in {tempfile.gettempdir()} ({e.strerror}); expected room for "
+                              f"{self.bytes_each / 1e6:.1f} MB each; set TMPDIR to another folder, or give a smaller n"
+                              ) from None
 
     def select(self, index: slice | Tensor) -> "KeptImages":
         "Some of the images, in another order perhaps. Nothing is read."

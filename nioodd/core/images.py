@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['INTERPOLATIONS', 'LONGEST', 'VALUES_AT_ONCE', 'MOST_PIXELS', 'FILES_AT_ONCE', 'Read', 'SYSTEM_FILES', 'TEST_FOLDERS',
            'ImageSet', 'luma', 'check_shape', 'Preparation', 'prepare', 'resize', 'to_input', 'to_uint8',
-           'read_preparation', 'one_line', 'from_arrays', 'check_classes', 'check_regular', 'decode', 'decode_all',
-           'read_ahead', 'read_images', 'is_visible', 'image_files', 'as_text', 'split_folders', 'FolderListing',
-           'list_folder', 'read_folder', 'ImageFiles']
+           'read_preparation', 'one_line', 'from_arrays', 'check_classes', 'check_regular', 'decode', 'stacked',
+           'decode_all', 'read_ahead', 'read_images', 'is_visible', 'image_files', 'as_text', 'split_folders',
+           'FolderListing', 'list_folder', 'read_folder', 'ImageFiles']
 
 # %% ../../nbs/core/05_images.ipynb #061b6698
 import math
@@ -485,7 +485,7 @@ def decode(
     return prepare(x.contiguous()[None], preparation)[0]
 
 # %% ../../nbs/core/05_images.ipynb #c6af4f7e
-def _stack(images: list[Tensor]) -> Tensor:
+def stacked(images: list[Tensor]) -> Tensor:
     "Images uint8 [C,H,W] as [N,C,H,W], in colour if one of them is; `NiooddError` if sizes differ."
     sizes = sorted({tuple(x.shape[1:]) for x in images})
     if len(sizes) > 1:
@@ -513,7 +513,7 @@ def decode_all(
     with ThreadPoolExecutor() as pool:
         done = pool.map(decode_part, parts)
         bar = tqdm(done, "decoding", len(parts), leave=False, delay=2, mininterval=0.5)
-        return _stack([*chain.from_iterable(bar)])
+        return stacked([*chain.from_iterable(bar)])
 
 # %% ../../nbs/core/05_images.ipynb #b6c70e2f
 Read = tuple[list[Path], list[Tensor | NiooddError]] # Paths; for each uint8 [C, H, W], or why there is none
@@ -689,3 +689,18 @@ class ImageFiles(Dataset):
         path, labels = self.listing.paths[i], self.listing.labels
         x = decode(path, str(path), self.preparation)
         return (x,) if labels is None else (x, labels[i].item())
+
+    def some(self, chosen: list[int]) -> "ImageFiles":
+        "Some of the images, by their numbers."
+        l = self.listing
+        labels = None if l.labels is None else l.labels[chosen]
+        return ImageFiles(l._replace(paths=[l.paths[i] for i in chosen], labels=labels), self.preparation)
+
+    def in_batches(self, n: int) -> Iterator[tuple]: # (uint8 [B, C, size, size], int64 [B] or None)
+        "All images, n at a time; the next ones are decoded beforehand. Raises `NiooddError` for a bad file."
+        paths, labels, done = self.listing.paths, self.listing.labels, 0
+        for part, images in read_ahead((paths[i:i + n] for i in range(0, len(paths), n)), self.preparation):
+            for x in images:
+                if isinstance(x, NiooddError): raise x
+            yield stacked(images), None if labels is None else labels[done:done + len(part)]
+            done += len(part)

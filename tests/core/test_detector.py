@@ -8,13 +8,14 @@ import pkgutil
 import numpy as np
 import pytest
 import torch
+from fake_sets import picture
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nioodd.core.detector import DETECTORS, Detector, all_images, detector_class, known_images
 from nioodd.core.errors import NiooddError
 from nioodd.core.forward import KeptImages, as_input, batches, is_channels_last, logits_of
-from nioodd.core.images import to_input
+from nioodd.core.images import ImageFiles, Preparation, list_folder, to_input
 from nioodd.core.models import Classifier
 from nioodd.inversion.detector import GarbageDetector
 
@@ -496,3 +497,25 @@ def test_floats_as_a_loader_prepares_them_and_bytes_are_one(network):
     assert detector.reads == "bytes" and torch.allclose(detector.predict(x), detector.predict(normal(x)), atol=1e-5)
     assert GarbageDetector(network, 3).fit(held_out=normal(x)).reads == "floats"
     with pytest.raises(TypeError, match="maen"): GarbageDetector(network, 3, maen=0.2)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_sample_does_not_write_into_the_images_it_is_given(mode):
+    with mode():
+        x = images(100)
+        before = x.clone()
+        assert len(all_images([x[:60], x[60:]], 10)) == 10 and len(all_images([x], 10)) == 10
+        assert torch.equal(x, before)
+
+
+def test_image_files_are_read_like_any_data_set(tmp_path):
+    for k in range(20):
+        (tmp_path / "ab"[k % 2]).mkdir(exist_ok=True)
+        picture(tmp_path / "ab"[k % 2] / f"{k:02}.png", 10 * k)
+    files = ImageFiles(list_folder(tmp_path), Preparation(8, 1))
+    x, y = known_images(files)
+    assert x[:, 0, 0, 0].tolist() == [*range(0, 200, 20), *range(10, 200, 20)] and y.tolist() == [0] * 10 + [1] * 10
+    some, labels = known_images(files, 7)
+    assert len(some) == 7 and torch.equal(labels, (some[:, 0, 0, 0] // 10 % 2).long())
+    (tmp_path / "b/03.png").write_bytes(b"")
+    with pytest.raises(NiooddError, match="03.png"): known_images(files)

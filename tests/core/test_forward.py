@@ -77,3 +77,11 @@ def test_batches_of_images_in_a_file_are_those_of_a_tensor():
     kept.write(x, torch.arange(700))
     kept.rows = torch.arange(700)
     for a, b in zip(batches(net, x), batches(net, kept), strict=True): assert torch.equal(a, b)
+
+
+def test_a_full_disk_is_one_line():
+    class Full:
+        def seek(self, place): pass
+        def write(self, data): raise OSError(28, "No space left on device")
+    with pytest.raises(ValueError, match="No space left on device.*TMPDIR"):
+        KeptImages((1, 8, 8), torch.uint8, Full()).write(bytes_of(2), torch.arange(2))
