@@ -116,9 +116,10 @@ COMMANDS = {
     "guard": (["guard", "net", "--out", "OUT"], WEIGHTS, [], 4),
     "export": (["export", "done", "--out", "OUT/d.pt2"], (), [], 1),
     "report": (["report", "OUT"], ("table.csv", "table.md"), [], 1),
+    "score": (["score", "done", "odd", "--out", "OUT/rows.jsonl"], ("rows.jsonl",), [], 8),
     "bench ood": (BENCH, ("C1-seed0.jsonl", "better/C1-msp.jsonl"), [], 2),
 }
-AGAIN = {"report", "bench ood"}  # They are given again even if their files are there
+AGAIN = {"report", "bench ood", "score"}  # They are given again even if their files are there
 
 
 def start(name, out):

@@ -679,6 +679,7 @@ def _limit(a: argparse.Namespace) -> dict[str, float]: return {} if a.seconds is
     argument("--out", default="results", metavar="FOLDER", help="result files, one for each split"),
     argument("--work", default="runs/bench", metavar="FOLDER", help="outputs, scores and locks; may be deleted"),
     argument("--splits", default="0,1,2,3,4", metavar="0,1", help="which six classes are known"),
+    argument("--images", type=int, default=500, metavar="N", help="of each unknown set, at most"),
     argument("--detectors", metavar="NAME,NAME", help="default: all"),
     ROOT,
     help="detectors around a trained backbone: photographs of classes that the head never saw, and others")
@@ -686,7 +687,8 @@ def _bench_photographs(a: argparse.Namespace) -> int:
     "Prints the accuracies; the rows are in the files."
     from nioodd.benchmark.photographs import bench_photographs
     detectors = names_in(a.detectors) if a.detectors else None
-    found = bench_photographs(a.known, a.other, a.out, a.work, _numbers("--splits", a.splits), detectors, a.root)
+    found = bench_photographs(a.known, a.other, a.out, a.work, _numbers("--splits", a.splits), detectors,
+                              images=a.images, root=a.root)
     for split, accuracy in found.items(): print(f"split {split}: accuracy {accuracy:.2%}")
     print(f"results   {a.out}")
     return 0
