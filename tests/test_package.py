@@ -191,7 +191,7 @@ def use_every_module(folder: Path):
 
 
 CALLED_BY_THE_RUN = {"inversion.loop", "inversion.report", "app.folders"}  # see `small_run`
-NOT_CALLED = {"speed.loop", "speed.siblings", "speed.detectors"}  # they take long
+NOT_CALLED = {"speed.loop", "speed.siblings", "speed.detectors", "app.stream"}  # they take long
 
 
 def one_call_each(loaded: dict) -> dict:
@@ -221,7 +221,16 @@ def one_call_each(loaded: dict) -> dict:
         fitted = m.LayerwiseDetector(model).fit(images.repeat(4, 1, 1, 1), (255 - images).repeat(3, 1, 1, 1))
         fitted.verdict(images)
 
+    def scored(m):
+        from PIL import Image
+        path = Path("some.png")
+        Image.fromarray(images[0, 0].numpy()).save(path)
+        assert m.score_files(detector, [path]).judged == 1
+
     return {
+        "app.score": scored,
+        "benchmark.own": lambda m: m.Board(["letters"]).sets,
+        "benchmark.photographs": lambda m: m.known_classes("abcdefghij", 0),
         "core.errors": lambda m: m.unknown("set", "mnst", ["mnist"]),
         "core.registry": lambda m: m.Registry("fruit").register("apple")(object()),
         "core.scores": lambda m: m.garbage_log_odds(logits),

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
 # %% ../../nbs/app/02_score.ipynb #0163d3d5
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
