@@ -612,6 +612,7 @@ def _bench_own(a: argparse.Namespace) -> int:
     "`nioodd bench ood --model`: prints near and far means of each detector."
     if a.id is None: raise NiooddError("--model needs --id: what the network knows, as folder:photos")
     from nioodd.benchmark.own import Board, OwnNetwork, bench_network, near_and_far, own_problem
+    from nioodd.benchmark.scoreboard import read_rows, refusals
     from nioodd.core.forward import prepared
     model = prepared(_own_network(a, a.weights), **_preparation(a))
     name = a.name or a.network.replace(":", "-")
@@ -623,6 +624,7 @@ def _bench_own(a: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the finished cells are kept; the same command goes on") from None
     print(near_and_far(a.out, name, board))
+    for detector, why in refusals(read_rows(a.out)).items(): print(f"  {detector} was not run: {why}")
     print(f"\n{len(done['run'])} cells run; {len(problem.train)} training, {len(problem.held_out)} held-out and "
           f"{len(problem.test)} test images; results in {a.out}")
     return 0

@@ -127,7 +127,10 @@ def own_network(
         raise NiooddError(f"{name!r} is no network with layers; expected module:name, as my_module:build, of the "
                           "module that makes it; --weights takes its weights")
     found = imported(name)
-    network = found() if callable(found) and not isinstance(found, nn.Module) else found
+    try: network = found() if callable(found) and not isinstance(found, nn.Module) else found
+    except (Exception, SystemExit) as e: # Anybody's function
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise NiooddError(f"{name!r} makes no network ({why}); expected a function without arguments") from e
     if not isinstance(network, nn.Module):
         raise NiooddError(f"{name!r} gives a {type(network).__name__}; expected a torch.nn.Module, "
                           "or a function that makes one")

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
@@ -33,11 +33,15 @@ from ..core.images import MOST_PIXELS, Preparation, is_visible, read_ahead, stac
 # %% ../../nbs/app/02_score.ipynb #22567029
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp") # Of the files in a folder
 
+# %% ../../nbs/app/02_score.ipynb #c5d9bf3a
+def _cannot_enter(e: OSError) -> None:
+    raise NiooddError(f"{e.filename} cannot be read ({e.strerror}); expected a folder that can; change its permissions")
+
 # %% ../../nbs/app/02_score.ipynb #00a152c3
 def _in_folder(folder: Path) -> list[Path]:
-    "The image files in a folder and its subfolders, without hidden ones."
+    "The image files in a folder and its subfolders, without hidden ones. Links to folders are not followed."
     found = []
-    for place, subfolders, names in os.walk(folder):
+    for place, subfolders, names in os.walk(folder, onerror=_cannot_enter):
         subfolders[:] = sorted(name for name in subfolders if is_visible(Path(name)))
         for name in sorted(names):
             path = Path(place, name)
@@ -111,15 +115,19 @@ def plain_cell(name: str, value: Any) -> Any:
     if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")): return value
     return f"./{value}" if name == "file" else f"'{value}"
 
-# %% ../../nbs/app/02_score.ipynb #0c34676d
-def _csv(rows: list[Row], head: bool) -> str:
+# %% ../../nbs/app/02_score.ipynb #04510243
+def _csv_line(cells: Iterable[Any]) -> str:
     text = StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    if head: writer.writeheader()
-    for row in rows: writer.writerow({name: plain_cell(name, value) for name, value in row.items()})
-    return text.getvalue()
+    csv.writer(text).writerow(cells) # It quotes what is in its ends of lines, which are \r\n
+    return text.getvalue()[:-2] + "\n"
 
-# %% ../../nbs/app/02_score.ipynb #f576f8c1
+# %% ../../nbs/app/02_score.ipynb #e8a795bb
+def _csv(rows: list[Row], head: bool) -> str:
+    lines = [_csv_line(rows[0])] if head else []
+    for row in rows: lines.append(_csv_line(plain_cell(name, value) for name, value in row.items()))
+    return "".join(lines)
+
+# %% ../../nbs/app/02_score.ipynb #0c34676d
 def _json_lines(rows: list[Row], head: bool) -> str: return "".join(json.dumps(row) + "\n" for row in rows)
 
 # %% ../../nbs/app/02_score.ipynb #ead241d3
@@ -196,11 +204,11 @@ def _complete_json_lines(text: str) -> tuple[list[Row], int]:
     end = text.rfind("\n") + 1
     return [parse_json(line) for line in text[:end].split("\n")[:-1]], end
 
-# %% ../../nbs/app/02_score.ipynb #5164ea8f
+# %% ../../nbs/app/02_score.ipynb #bb7f4bdf
 class TextFile:
     "Rows in a file of CSV or JSON lines, which is appended to."
     def __init__(self, path: Path):
-        self.path, self.n = path, 0
+        self.path, self.is_empty = path, True
         is_csv = path.suffix == ".csv"
         self.as_text = _csv if is_csv else _json_lines
         self.complete = _complete_csv if is_csv else _complete_json_lines
@@ -209,20 +217,29 @@ class TextFile:
         "The rows that are there. What was cut short is removed."
         if not self.path.exists(): return []
         content = self.path.read_bytes()
-        rows, end = self.complete(content.decode(errors="surrogateescape"))
-        whole = content.decode(errors="surrogateescape")[:end].encode(errors="surrogateescape")
+        text = content.decode(errors="surrogateescape")
+        try: rows, end = self.complete(text)
+        except ValueError as e: raise self._changed(str(e)) from None
+        if "\n" in text[end:] and '"' not in text[end:]: raise self._changed("a row") # It is not cut, and no row
+        ours = all(isinstance(row, dict) and {"file", "ood"} <= row.keys() for row in rows)
+        if not ours: raise self._changed("columns")
+        whole = text[:end].encode(errors="surrogateescape")
         if len(whole) < len(content): os.truncate(self.path, len(whole))
-        self.n = len(rows)
+        self.is_empty = not whole
         return rows
 
     def add(self, rows: list[Row]) -> None:
         if not rows: return
-        with open(self.path, "ab") as f: f.write(self.as_text(rows, not self.n).encode(errors="surrogateescape"))
-        self.n += len(rows)
+        with open(self.path, "ab") as f: f.write(self.as_text(rows, self.is_empty).encode(errors="surrogateescape"))
+        self.is_empty = False
+
+    def _changed(self, what: str) -> NiooddError:
+        return NiooddError(f"{self.path} was changed since it was written ({what[:80]}); expected its own rows; "
+                           "give another file")
 
     def close(self) -> None: pass
 
-# %% ../../nbs/app/02_score.ipynb #bb7f4bdf
+# %% ../../nbs/app/02_score.ipynb #5164ea8f
 def _pyarrow():
     "The packages. Raises `NiooddError` where they are missing."
     try:
@@ -245,7 +262,7 @@ class ParquetFolder:
         "What is needed of the rows that are there."
         self.path.mkdir(parents=True, exist_ok=True)
         files = sorted(self.path.glob("rows-*.parquet"))
-        self.number = len(files)
+        self.number = 1 + max([int(f.stem[5:]) for f in files], default=-1)
         return [row for f in files for row in self.parquet.read_table(f, columns=["file", "ood"]).to_pylist()]
 
     def add(self, rows: list[Row]) -> None:

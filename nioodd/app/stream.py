@@ -8,7 +8,6 @@ __all__ = ['PICTURES', 'JOBS', 'make_files', 'network_for', 'measure_here', 'ben
 # %% ../../nbs/app/03_stream.ipynb #948ddbe7
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -98,6 +97,8 @@ def _loaders(paths: list[Path], preparation: Preparation) -> tuple[DataLoader, D
 # %% ../../nbs/app/03_stream.ipynb #d8a23cee
 def measure_here(job: str, size: int, place: str) -> dict[str, float]: # seconds, megabytes
     "Runs a job in this process: how long it took, and the most memory that the process ever had."
+    import resource  # Not on Windows
+
     place = Path(place)
     model, paths = network_for(size), image_paths([place / "files"])
     start = time.perf_counter()

@@ -141,7 +141,7 @@ def rebuild_network(
     if model is None:
         _check_fit(_new_network(description, "meta"), tensors) # Before memory is taken for it
         model = _new_network(description)
-    elif preparation is not None: model = bare(model)
+    else: model = bare(model)
     load_weights(bare(model), tensors)
     if description["channels_last"]: model = model.to(memory_format=torch.channels_last)
     return (model if preparation is None else Prepared(model, preparation)).eval()
@@ -329,8 +329,9 @@ class _Draws:
 # %% ../../nbs/core/12_detector.ipynb #c2df9963
 class _Reservoir:
     "Keeps those `n` of all that goes by whose numbers are smallest."
-    def __init__(self, n: int | None, draws: _Draws, file: bool):
+    def __init__(self, n: int | None, draws: _Draws, file: bool, streams: bool = True):
         self.n, self.draws, self.file = n, draws, file
+        self.streams = streams # A loader may use a batch's memory again
         self.parts: list[Tensor] = [] # In memory
         self.kept: KeptImages | None = None # In a file
         self.labels: list[int] | None = [] # Of each row; None: not all have one
@@ -353,7 +354,7 @@ class _Reservoir:
             for row, number in enumerate(numbers.tolist(), len(self.places)): heappush(self.largest, (-number, row))
         self.places += places.tolist()
         if self.labels is not None: self.labels += y.tolist()
-        self.parts.append(x)
+        self.parts.append(x.clone() if self.n is not None or self.file or self.streams else x)
         self.bytes += x.nbytes
         if self.file and (self.kept is not None or self.bytes > IN_MEMORY): self._write()
 
@@ -413,7 +414,7 @@ def known_images(
     "ID images in one tensor. Raises `NiooddError` as `id_batches`, and for images of several shapes."
     if isinstance(images, (Tensor, ImageSet)): n = None
     if _is_map(images) and n is not None and n < len(images): images = _some_of(images, n, seed)
-    reservoir = _Reservoir(n, _Draws(seed, 0, 1), file)
+    reservoir = _Reservoir(n, _Draws(seed, 0, 1), file, streams=not isinstance(images, (Tensor, ImageSet)))
     for x, y in id_batches(images): reservoir.add(x, y)
     return reservoir.all()[:2]
 
@@ -504,6 +505,7 @@ def kind_of_images(
 ) -> str: # "bytes" or "floats"
     "Whether images are bytes, or floats that are exactly what bytes become; or other floats."
     if not images.dtype.is_floating_point: return "bytes"
+    if len(preparation.mean + preparation.std) > 2 and (images.ndim != 4 or images.shape[1] != 3): return "floats"
     x = images[:64].detach().float()
     mean, std = (x.new_tensor(v).view(-1, 1, 1) for v in (preparation.mean, preparation.std))
     levels = 255 * (x * std + mean)

@@ -43,6 +43,8 @@ class Prepared(nn.Module):
     "A network, and how a picture becomes its input: bytes are prepared, floats are taken as they are."
     def __init__(self, network: nn.Module, preparation: Preparation):
         super().__init__()
+        if any(isinstance(m, Prepared) for m in network.modules()):
+            raise NiooddError("the network has a preparation already; expected one without; use prepared(network, …)")
         self.network, self.preparation = network, preparation
         self.training = network.training
 
@@ -52,7 +54,8 @@ class Prepared(nn.Module):
 def bare(model: nn.Module) -> nn.Module:
     "The network alone, without wrappers and preparation."
     model = unwrapped(model)
-    return unwrapped(model.network) if isinstance(model, Prepared) else model
+    while isinstance(model, Prepared): model = unwrapped(model.network)
+    return model
 
 # %% ../../nbs/core/08_forward.ipynb #6890e960
 def preparation_of(model: nn.Module) -> Preparation:
@@ -116,10 +119,13 @@ def _check_axes(images: Tensor, model: nn.Module | None) -> None:
 def _check_size(images: Tensor, model: nn.Module | None) -> None:
     "Raise `NiooddError` for bytes of another size than the network was prepared for."
     if model is None or not isinstance(model := unwrapped(model), Prepared): return
-    size = model.preparation.size
+    size, wanted = model.preparation.size, len(model.preparation.mean + model.preparation.std) > 2 and 3
+    if wanted and images.ndim == 4 and images.shape[1] != wanted:
+        raise NiooddError(f"images have {images.shape[1]} channels, and there is a mean or a deviation for each of "
+                          "three; expected images in colour")
     if size is None or images.shape[2:] == (size, size): return
-    raise NiooddError(f"images have {images.shape[2]}×{images.shape[3]} pixels, and this network takes {size}×{size}; "
-                      "prepare them: nioodd.core.images.prepare(images, detector.preparation)")
+    raise NiooddError(f"images have {images.shape[2]}×{images.shape[3]} pixels, and this network takes "
+                      f"{size}×{size}; prepare them: nioodd.core.images.prepare(images, detector.preparation)")
 
 # %% ../../nbs/core/08_forward.ipynb #d910a254
 def check_images(
@@ -363,7 +369,10 @@ def layer_inputs(
         if last and len(seen) > last: del seen[next(iter(seen))]
 
     listen(modules.values(), note, before=True)
-    return call_network(copy, x), seen
+    try: return call_network(copy, x), dict(seen)
+    finally: # A hook holds its layer, which holds the hook: what was read would stay until Python looks for cycles
+        seen.clear()
+        names.clear()
 
 # %% ../../nbs/core/08_forward.ipynb #2b3e1e73
 def pooled(t: Tensor) -> Tensor: # [N, C, …] → [N, C]

@@ -102,6 +102,9 @@ class Preparation:
         object.__setattr__(self, "mean", _numbers_of(self.mean, "mean"))
         object.__setattr__(self, "std", _numbers_of(self.std, "std"))
         if min(self.std) <= 0: raise NiooddError(f"std is {self.std}; expected numbers above 0")
+        if max(map(abs, self.mean)) > 2 or max(self.std) > 4:
+            raise NiooddError(f"mean is {self.mean} and std {self.std}; expected those of pixels in [0, 1]; "
+                              "divide those of bytes by 255")
         if self.interpolation not in INTERPOLATIONS: raise unknown("interpolation", self.interpolation, INTERPOLATIONS)
         if self.channels == 1 and len(self.mean + self.std) > 2:
             raise NiooddError(f"mean is {self.mean} and std {self.std} for one channel; expected one number of each")
@@ -261,39 +264,85 @@ def _of_timm(config: Mapping) -> dict[str, Any]:
     return cut | dict(size=size, channels=channels, mean=config["mean"], std=config["std"],
                         interpolation=_interpolation(config.get("interpolation", "bilinear")))
 
-# %% ../../nbs/core/05_images.ipynb #3b49c1d0
-def _of_processor(about: Mapping) -> dict[str, Any]:
-    "What an image processor of Hugging Face says."
-    known = dict(channels=3, interpolation=_interpolation(about.get("resample", 2)))
-    if about.get("do_rescale", True) and abs(255 * about.get("rescale_factor", 1 / 255) - 1) > 1e-6:
-        raise NiooddError(f"its rescale_factor is {about['rescale_factor']}; expected 1/255")
-    if not about.get("do_rescale", True): raise NiooddError("it does not rescale; expected pixels in [0, 1]")
-    if about.get("do_normalize", True): known |= dict(mean=about["image_mean"], std=about["image_std"])
-    else: known |= dict(mean=0, std=1)
-    size, cut = about.get("size"), about.get("crop_size") if about.get("do_center_crop") else None
-    if "crop_pct" in about and cut is None: # Of ConvNeXt
-        size, cut = math.floor(_side(size) / about["crop_pct"]), _side(size)
-    if cut is not None: return known | dict(size=_side(cut), resize=_side(size))
-    return known | dict(size=_side(size), keep_aspect=isinstance(size, Mapping) and "shortest_edge" in size)
+# %% ../../nbs/core/05_images.ipynb #8173202f
+_DONE_BY_PROCESSORS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"}
 
 # %% ../../nbs/core/05_images.ipynb #0b6502e6
+def _of_processor(about: Mapping) -> dict[str, Any]:
+    "What an image processor of Hugging Face says."
+    odd = [k for k, v in about.items() if k.startswith("do_") and v and k not in _DONE_BY_PROCESSORS]
+    odd += [k for k in ("rescale_offset", "include_top", "size_divisor") if about.get(k)]
+    if odd: raise NiooddError(f"it has {', '.join(odd)}, whose effect is not known")
+    for name in ("do_resize", "do_rescale"):
+        if not about.get(name, True): raise NiooddError(f"its {name} is {about[name]}; expected true")
+    if abs(255 * about.get("rescale_factor", 1 / 255) - 1) > 1e-6:
+        raise NiooddError(f"its rescale_factor is {about['rescale_factor']}; expected 1/255")
+    known = dict(channels=3, interpolation=_interpolation(about.get("resample", 2)))
+    if about.get("do_normalize", True): known |= dict(mean=about["image_mean"], std=about["image_std"])
+    else: known |= dict(mean=0, std=1)
+    return known | _sizes_of_processor(about)
+
+def _sizes_of_processor(about: Mapping) -> dict[str, Any]:
+    size, cut = about["size"], about.get("do_center_crop")
+    short = isinstance(size, Mapping) and "shortest_edge" in size
+    if "crop_pct" in about: # Of ConvNeXt: small images are cut, large ones squashed
+        if cut or not short: raise NiooddError("it has crop_pct and do_center_crop, whose effect is not known")
+        if _side(size) >= 384: return dict(size=_side(size), keep_aspect=False)
+        return dict(size=_side(size), resize=int(_side(size) / about["crop_pct"]))
+    if not cut: return dict(size=_side(size), keep_aspect=short)
+    if not short and _side(size) != _side(about["crop_size"]): raise NiooddError("it squashes and then cuts")
+    return dict(size=_side(about["crop_size"])) | (dict(resize=_side(size)) if short else dict(keep_aspect=False))
+
+# %% ../../nbs/core/05_images.ipynb #bd4ae2e7
+_ORDER = ("Grayscale", "Resize", "CenterCrop", "to floats", "Normalize") # Of steps; each once at most
+_TO_FLOATS = ("ToTensor", "PILToTensor", "ToImage", "ToDtype", "ConvertImageDtype", "ToPureTensor")
+
+# %% ../../nbs/core/05_images.ipynb #3b49c1d0
+def _check_steps(steps: Sequence[Any]) -> None:
+    "Raise `NiooddError` for steps whose effect, or the effect of whose order, a `Preparation` cannot say."
+    names = [type(step).__name__ for step in steps]
+    odd = [name for name in names if name not in (*_ORDER, *_TO_FLOATS)]
+    if odd: raise NiooddError(f"its step {odd[0]} cannot be read; expected {', '.join(_ORDER)}; pass a Preparation")
+    kinds = ["to floats" if name in _TO_FLOATS else name for name in names]
+    kinds = [kind for k, kind in enumerate(kinds) if kind != "to floats" or kind not in kinds[:k]]
+    if kinds != [kind for kind in _ORDER if kind in kinds]:
+        raise NiooddError(f"its steps are {', '.join(names)}; expected each once, in the order "
+                          f"{', '.join(_ORDER)}; pass a Preparation")
+    def scales(step: Any) -> bool:
+        return type(step).__name__ in ("ToTensor", "ConvertImageDtype") or getattr(step, "scale", False)
+
+    if any(map(scales, steps)): return
+    raise NiooddError("it does not bring pixels to [0, 1]; expected ToTensor, or ToDtype with scale=True")
+
+def _check_sizes(found: Mapping[str, Any]) -> None:
+    "Raise `NiooddError` for sizes that would not give what the transform gives."
+    resize, cut = found.get("Resize"), found.get("CenterCrop")
+    if cut is not None and resize is None: raise NiooddError("it cuts without a Resize; pass a Preparation")
+    if resize is None: return
+    if getattr(resize, "max_size", None) is not None or getattr(resize, "antialias", True) is False:
+        raise NiooddError("its Resize has a max_size or does not antialias; pass a Preparation")
+    both = not isinstance(resize.size, int) and len(resize.size) > 1
+    if both and cut is not None: raise NiooddError("it squashes and then cuts; pass a Preparation")
+    if not both and cut is None: raise NiooddError("it resizes without a CenterCrop, so that images are not square; "
+                                                   "add one, or pass a Preparation")
+
+# %% ../../nbs/core/05_images.ipynb #1a90e475
 def _of_steps(steps: Sequence[Any]) -> dict[str, Any]:
     "What a `Compose` of torchvision says."
+    _check_steps(steps)
+    found = {type(step).__name__: step for step in steps}
+    _check_sizes(found)
     known: dict[str, Any] = dict(mean=0, std=1)
-    for step in steps:
-        kind = type(step).__name__
-        if kind == "Resize":
-            one = isinstance(step.size, int) or len(step.size) == 1
-            known |= dict(size=_side(step.size), keep_aspect=one, interpolation=_interpolation(step.interpolation))
-        elif kind == "CenterCrop": known |= dict(resize=known.get("size"), size=_side(step.size))
-        elif kind == "Normalize": known |= dict(mean=step.mean, std=step.std, channels=len(step.mean))
-        elif kind == "Grayscale": known |= dict(channels=step.num_output_channels)
-        elif kind not in ("ToTensor", "PILToTensor", "ToImage", "ToDtype", "ConvertImageDtype", "ToPureTensor"):
-            raise NiooddError(f"its step {kind} cannot be read; expected Resize, CenterCrop, Grayscale, ToTensor and "
-                              "Normalize; pass a Preparation")
-    if not known.get("keep_aspect", True) and "resize" in known:
-        raise NiooddError("it squashes and then cuts; expected one of the two; pass a Preparation")
-    return known
+    if "Grayscale" in found:
+        if found["Grayscale"].num_output_channels != 1: raise NiooddError("its Grayscale gives three channels")
+        known |= dict(channels=1)
+    if "Normalize" in found:
+        known |= dict(mean=found["Normalize"].mean, std=found["Normalize"].std)
+        if len(found["Normalize"].mean) == 3: known |= dict(channels=3)
+    if "Resize" not in found: return known
+    size, how = found["Resize"].size, _interpolation(found["Resize"].interpolation)
+    if "CenterCrop" not in found: return known | dict(size=_side(size), keep_aspect=False, interpolation=how)
+    return known | dict(size=_side(found["CenterCrop"].size), resize=_side(size), interpolation=how)
 
 # %% ../../nbs/core/05_images.ipynb #57b598ff
 def _said_by(transform: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['patch', 'Registry', 'imported']
 
-# %% ../../nbs/core/01_registry.ipynb #6e4412ad
+# %% ../../nbs/core/01_registry.ipynb #beedfe86
 import builtins
 import importlib
 import os
@@ -14,15 +14,17 @@ import typing
 from functools import partial
 from typing import Any
 
+# %% ../../nbs/core/01_registry.ipynb #6e4412ad
 from .errors import NiooddError, unknown
 
-# %% ../../nbs/core/01_registry.ipynb #63ee3e15
+# %% ../../nbs/core/01_registry.ipynb #625b413a
 def patch(f):
     """Decorator: makes `f` a method of the class that annotates its first parameter, `self: Class`.
 
     `@patch(classmethod)` and `@patch(property)` make one of those; a classmethod has `cls: type[Class]`."""
     return partial(_attach, kind=f) if f in (classmethod, property) else _attach(f)
 
+# %% ../../nbs/core/01_registry.ipynb #63ee3e15
 def _attach(f, kind=None):
     "Put `f` into its class. Returns what the name stood for before, so that a function of that name stays."
     annotation = next(iter(f.__annotations__.values()))
@@ -64,6 +66,6 @@ def imported(
     if not attribute: raise NiooddError(f"{name!r} names nothing in a module; expected module:name, as my_module:build")
     if os.getcwd() not in sys.path: sys.path.insert(0, os.getcwd())
     try: return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
+    except (Exception, SystemExit) as e: # Anybody's module
         raise NiooddError(f"{name!r} cannot be imported ({' '.join(str(e).split())[:200]}); expected a module in this "
                           "folder, or an installed one, and a name in it") from None

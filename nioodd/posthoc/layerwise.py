@@ -25,6 +25,7 @@ from ..core.detector import Detector, all_images, check_sorted_scores, shared_im
 from ..core.errors import NiooddError
 from nioodd.core.forward import (
     Images,
+    Prepared,
     SharedImages,
     as_input,
     bare,
@@ -33,6 +34,7 @@ from nioodd.core.forward import (
     layer_inputs,
     logits_of,
     take,
+    unwrapped,
 )
 from ..core.registry import patch
 from ..core.scores import energy
@@ -96,7 +98,10 @@ def chosen_layers(
 
     Raises `NiooddError` for a pattern that fits none."""
     inputs = layer_inputs(model, x, mode="eval")[1]
-    names = {name: name.removeprefix("network.") for name, t in inputs.items() if len(t) == len(x) and t.ndim > 1}
+    before = "network." if isinstance(unwrapped(model), Prepared) else ""
+    names = {name: name.removeprefix(before) for name, t in inputs.items() if len(t) == len(x) and t.ndim > 1}
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise NiooddError(f"layers is {patterns!r}; expected names of layers, or patterns as 'layer4.*'")
     for pattern in patterns:
         if any(fnmatchcase(short, pattern) for short in names.values()): continue
         raise NiooddError(f"no layer of this {type(bare(model)).__name__} fits {pattern!r}; "
@@ -522,7 +527,7 @@ def fit(self: LayerwiseDetector,
     if held_out is not None: held_out = read(held_out, max(n, 80))
     before = self.banks, self.surprise, self.sums, self.reads
     try: return Detector.fit(self, train, held_out, false_alarms=false_alarms, n=n, **options)
-    except NiooddError:
+    except BaseException: # Also Ctrl-C
         self.banks, self.surprise, self.sums, self.reads = before
         raise
 
@@ -596,7 +601,8 @@ def where(self: LayerwiseDetector,
     x: Tensor, # [B, C, H, W], see `as_input`
 ) -> Tensor: # float64 [B, 4, 4], rows from the top; each image's sum is 1
     "Which fields of an image are strange, as far as its layers tell. Raises `NiooddError` for a network without maps."
-    names = [name for name in self.banks if name.endswith(" where")]
+    self._check_fitted()
+    names = [name for name in self.banks if name.endswith(" where") and self._reads_a_map(x, name)]
     if not names: raise NiooddError("no layer of this network reads a map; expected one that does, for a where")
     surprises = self.evidence(x)[1]
     done, total = 0, []
@@ -617,5 +623,11 @@ def _side_of(model: nn.Module, x: Tensor, name: str) -> list[int]:
     "How many fields a map has, down and across."
     layer = name.partition(" ")[0]
     t = layer_inputs(model, as_input(x[:1], model), [layer], mode="eval")[1][layer]
-    sides = t.shape[2:] if t.ndim > 3 else (1, *t.shape[2:])
-    return [min(4, side) for side in (math.prod(sides[:-1]), sides[-1])]
+    return [min(4, side) for side in t.shape[2:]]
+
+@patch
+@torch.no_grad()
+def _reads_a_map(self: LayerwiseDetector, x: Tensor, name: str) -> bool:
+    "Whether a layer's input has rows and columns, as a sequence of tokens has not."
+    layer = name.partition(" ")[0]
+    return layer_inputs(self.model, as_input(x[:1], self.model), [layer], mode="eval")[1][layer].ndim == 4

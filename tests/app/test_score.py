@@ -229,3 +229,39 @@ def test_a_table_of_many_rows_is_printed_in_blocks(capsys):
     printed.close()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 151 and lines[1].split() == ["0.png", "no"] and lines[150].split() == ["149.png", "no"]
+
+
+def test_a_carriage_return_in_a_name_does_not_lose_rows(detector, place, monkeypatch):
+    monkeypatch.chdir(place / "files/a")
+    os.rename("00.png", "a\rb.png")
+    out = place / "a.csv"
+    assert score_files(detector, ["."], out=out).judged == 30
+    assert (score_files(detector, ["."], out=out).before, len(rows_of(out))) == (30, 30)
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_head_is_written_once(detector, place, keep):
+    out = place / "a.csv"
+    score_files(detector, [place / "files/a"], out=out)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:keep])[:-5 if keep == 2 else None])
+    score_files(detector, [place / "files/a"], out=out)
+    assert out.read_text() == "".join(lines)
+
+
+@pytest.mark.parametrize("spoil", [lambda t: t.replace("\n", "\nx\n", 3), lambda t: t.replace("file", "name")])
+def test_rows_that_somebody_changed_are_not_thrown_away(detector, place, spoil):
+    for suffix in (".csv", ".jsonl"):
+        out = place / f"a{suffix}"
+        score_files(detector, [place / "files/a"], out=out)
+        out.write_text(changed := spoil(out.read_text()))
+        refused(score_files, detector, [place / "files/a"], out=out, says="was changed")
+        assert out.read_text() == changed
+
+
+def test_a_folder_that_cannot_be_read_is_said(place, monkeypatch):
+    def walk(folder, onerror):
+        onerror(PermissionError(13, "Permission denied", "secret"))
+        return []
+    monkeypatch.setattr(os, "walk", walk)
+    refused(image_paths, [place / "files"], says="secret cannot be read")

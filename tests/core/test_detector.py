@@ -519,3 +519,13 @@ def test_image_files_are_read_like_any_data_set(tmp_path):
     assert len(some) == 7 and torch.equal(labels, (some[:, 0, 0, 0] // 10 % 2).long())
     (tmp_path / "b/03.png").write_bytes(b"")
     with pytest.raises(NiooddError, match="03.png"): known_images(files)
+
+
+def test_a_loader_may_use_its_memory_again():
+    def reusing(x):
+        buffer = torch.empty(40, *SHAPE, dtype=torch.uint8)
+        for part in x.split(40):
+            buffer[:len(part)] = part
+            yield buffer[:len(part)]
+    x = images(200)
+    assert torch.equal(all_images(reusing(x)), x)

@@ -8,6 +8,7 @@ from nioodd.core.forward import (
     as_input,
     bare,
     batches,
+    layer_inputs,
     logits_and_features,
     logits_of,
     preparation_of,
@@ -85,3 +86,24 @@ def test_a_full_disk_is_one_line():
         def write(self, data): raise OSError(28, "No space left on device")
     with pytest.raises(ValueError, match="No space left on device.*TMPDIR"):
         KeptImages((1, 8, 8), torch.uint8, Full()).write(bytes_of(2), torch.arange(2))
+
+
+def test_what_layers_read_is_freed_without_a_search_for_cycles():
+    import gc
+    import weakref
+    net, x = Classifier(3, size=8), torch.randn(4, 1, 8, 8)
+    gc.disable()
+    try:
+        seen = layer_inputs(net, x)[1]
+        alive = [weakref.ref(t) for t in seen.values()]
+        del seen, x
+        assert not any(ref() is not None for ref in alive)
+    finally: gc.enable()
+
+
+def test_a_preparation_is_not_put_round_another():
+    net = prepared(Classifier(3, size=8), mean=0.2)
+    for inner in (net, torch.nn.Sequential(net)):
+        with pytest.raises(ValueError, match="preparation already"): Prepared(inner, Preparation())
+    colour = prepared(torch.nn.Conv2d(3, 4, 1), mean=(0.1, 0.2, 0.3))
+    with pytest.raises(ValueError, match="expected images in colour"): as_input(bytes_of(2), colour)

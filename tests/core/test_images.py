@@ -96,10 +96,11 @@ def test_preparations_of_timm_and_hugging_face(transform, expected):
 
 
 @pytest.mark.parametrize("wrong, says", [
+    (dict(mean=(123, 116, 103)), "255"),
     (dict(size=0), "size"), (dict(channels=2), "channels"), (dict(std=0), "std"), (dict(mean="a"), "mean"),
     (dict(mean=(1, 2)), "mean"), (dict(mean=float("nan")), "mean"), (dict(interpolation="lanczos"), "bicubic"),
     (dict(size=32, resize=16), "resize"), (dict(resize=16), "resize"),
-    (dict(channels=1, mean=(1, 2, 3)), "one channel"),
+    (dict(channels=1, mean=(0.1, 0.2, 0.3)), "one channel"),
     (dict(size=32, resize=40, keep_aspect=False), "resize"),
 ])
 def test_preparations_that_make_no_sense(wrong, says): refused(read_preparation, says=[says], **wrong)
@@ -108,8 +109,28 @@ def test_preparations_that_make_no_sense(wrong, says): refused(read_preparation,
 @pytest.mark.parametrize("transform", [
     dict(size={"shortest_edge": 40}, rescale_factor=1),
     dict(size={"height": 3, "width": 4}, image_mean=[0], image_std=[1]),
-    dict(input_size=(3, 32, 48), mean=(0,), std=(1,)), lambda x: x, "imagenet", dict(a=1), torch.nn.ReLU()])
+    dict(input_size=(3, 32, 48), mean=(0,), std=(1,)), lambda x: x, "imagenet", dict(a=1), torch.nn.ReLU(),
+    dict(size={"shortest_edge": 40}, do_resize=False), dict(size={"shortest_edge": 40}, do_flip_channel_order=True),
+    dict(size={"shortest_edge": 40}, crop_pct=0.9, do_center_crop=True, crop_size=40)])
 def test_transforms_whose_effect_is_not_known(transform): refused(read_preparation, transform)
+
+
+def odd_steps():
+    from torchvision.transforms import v2
+    scale = v2.ToDtype(torch.float32, scale=True)
+    return [[v2.CenterCrop(32), scale], [v2.CenterCrop(48), v2.Resize(32), scale], [v2.Resize(32), scale],
+            [v2.Resize(50), v2.CenterCrop(40), v2.CenterCrop(32), scale], [v2.Resize(50), v2.CenterCrop(40)],
+            [v2.Resize(40, max_size=45), v2.CenterCrop(32), scale], [v2.Grayscale(3), scale],
+            [scale, v2.Normalize([0.5], [0.5]), v2.Normalize([0.5], [0.5])], [v2.ToDtype(torch.float32)],
+            [v2.Resize(40, antialias=False), v2.CenterCrop(32), scale], [v2.Resize((32, 32)), v2.CenterCrop(32), scale],
+            [scale, v2.Normalize([0.5], [0.5]), v2.Resize(40), v2.CenterCrop(32)], [v2.PILToTensor()]]
+
+
+@pytest.mark.parametrize("k", range(13))
+def test_steps_in_another_order_or_of_another_kind_are_refused(k):
+    from torchvision.transforms import v2
+    assert len(odd_steps()) == 13
+    refused(read_preparation, v2.Compose(odd_steps()[k]))
 
 
 def test_files_are_read_ahead_in_order_and_a_bad_one_does_not_end_it(tmp_path):
