@@ -718,7 +718,7 @@ def _bench_trust(a: argparse.Namespace) -> int:
 @command("bench stream",
     argument("--out", metavar="FILE", default="stream.json", help="the JSON file"),
     argument("--sizes", default="32,224", metavar="32,224", help="of the images, pixels"),
-    argument("--images", default="1000,10000", metavar="N,N", help="how many files"),
+    argument("--images", default="1000,3000", metavar="N,N", help="how many files"),
     help="how much memory and time many files take, to fit and to score")
 def _bench_stream(a: argparse.Namespace) -> int:
     from nioodd.app.stream import bench_stream, stream_table

@@ -87,7 +87,7 @@ class Judge(Protocol):
 # %% ../../nbs/app/02_score.ipynb #ff6e7c50
 Row = dict[str, Any] # `file`, `class`, and the entries of a verdict but for `label`
 
-# %% ../../nbs/app/02_score.ipynb #41dd395b
+# %% ../../nbs/app/02_score.ipynb #e66ac656
 def _rows(judge: Judge, paths: Sequence[Path], images: list[Tensor]) -> list[Row]:
     "A row for each image."
     if not images: return []
@@ -106,8 +106,20 @@ def judged(
     "Judges files; while a part is judged, the next ones are decoded."
     for paths, found in read_ahead(parts, judge.preparation, most_pixels):
         good = [k for k, x in enumerate(found) if isinstance(x, Tensor)]
-        rows = _rows(judge, [paths[k] for k in good], [found[k] for k in good])
-        yield rows, [x for x in found if isinstance(x, NiooddError)]
+        errors = [x for x in found if isinstance(x, NiooddError)]
+        try: rows = _rows(judge, [paths[k] for k in good], [found[k] for k in good])
+        except NiooddError: # Of one image, perhaps: which one?
+            rows, more = _one_by_one(judge, [paths[k] for k in good], [found[k] for k in good])
+            errors += more
+        yield rows, errors
+
+def _one_by_one(judge: Judge, paths: Sequence[Path], images: list[Tensor]) -> tuple[list[Row], list[NiooddError]]:
+    "As `judged`, for images of which one cannot be judged."
+    rows, errors = [], []
+    for path, image in zip(paths, images):
+        try: rows += _rows(judge, [path], [image])
+        except NiooddError as e: errors.append(NiooddError(f"{path}: {e}"))
+    return rows, errors
 
 # %% ../../nbs/app/02_score.ipynb #2f6d0667
 def plain_cell(name: str, value: Any) -> Any:
@@ -331,7 +343,7 @@ class Scored:
         "Of the judged files, how many are OOD."
         return self.ood / max(1, self.before + self.judged)
 
-# %% ../../nbs/app/02_score.ipynb #e66ac656
+# %% ../../nbs/app/02_score.ipynb #41dd395b
 class Options(NamedTuple):
     "How files are judged."
     shard: tuple[int, int] = (1, 1) # i of n
@@ -356,9 +368,10 @@ def score_files(
     if out is None: return _judge_all(judge, parts, [rows] if rows else [], set(), done, options)
     with _alone(Path(out)):
         file = _open_file(Path(out), dict(nioodd=__version__, detector=name, shard=[*options.shard]))
-        there = file.read()
-        done.before, done.ood = len(there), sum(str(row["ood"]) == "True" for row in there)
-        known = {row["file"] for row in there}
+        there = {row["file"]: str(row["ood"]) == "True" for row in file.read()}
+        asked = {name for part in parts for path in part for name in (str(path), plain_cell("file", str(path)))}
+        done.before, done.ood = len(there.keys() & asked), sum(there[name] for name in there.keys() & asked)
+        known = {*there}
         return _judge_all(judge, parts, [file, rows] if rows else [file], known, done, options)
 
 # %% ../../nbs/app/02_score.ipynb #aa0d62ae

@@ -22,6 +22,7 @@ from typing import BinaryIO
 from weakref import WeakKeyDictionary
 
 # %% ../../nbs/core/08_forward.ipynb #5a20a19b
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -78,6 +79,7 @@ def prepared(
     if unknown_names := given.keys() - {f.name for f in dataclass_fields(Preparation)}:
         raise TypeError(f"there is no option {', '.join(sorted(unknown_names))}")
     known = preparation_of(model)
+    if len(given.get("mean", ()) if np.ndim(given.get("mean", 0)) else ()) == 3: given.setdefault("channels", 3)
     if transform is not None: known = read_preparation(transform, channels=known.channels)
     return Prepared(bare(model), read_preparation(known, **given))
 

@@ -265,3 +265,22 @@ def test_a_folder_that_cannot_be_read_is_said(place, monkeypatch):
         return []
     monkeypatch.setattr(os, "walk", walk)
     refused(image_paths, [place / "files"], says="secret cannot be read")
+
+
+def test_one_image_that_cannot_be_judged_does_not_end_it(detector, place):
+    class Picky(Mortal):
+        def verdict(self, x):
+            if (x.float().mean((1, 2, 3)) < 1).any(): raise NiooddError("logits hold NaN")
+            return self.detector.verdict(x)
+    Image.new("L", (8, 8)).save(place / "files/a/50.png")
+    done = score_files(Picky(detector, 0), [place / "files/a"])
+    assert (done.judged, done.bad) == (29, 1) and "50.png: logits hold NaN" in str(done.errors[0])
+
+
+def test_the_share_is_that_of_the_files_asked_for(detector, place):
+    out = place / "a.jsonl"
+    first = score_files(detector, [place / "files/a"], out=out)
+    both = score_files(detector, [place / "files/b"], out=out)
+    assert (both.before, both.judged) == (0, 30) and first.judged == 30
+    again = score_files(detector, [place / "files/a"], out=out)
+    assert (again.before, again.judged, again.ood) == (30, 0, first.ood)
