@@ -8,12 +8,7 @@ from torch import nn
 from nioodd.app.cli import main
 from nioodd.benchmark.own import Board, OwnNetwork, bench_network, check_detector, near_and_far, own_problem
 from nioodd.benchmark.scoreboard import DETECTORS, Cell, in_shard, read_rows
-from nioodd.core.detector import Detector
 from nioodd.core.forward import prepared
-
-
-class Strangest(Detector):
-    def predict(self, x): return -self.logits(x).amax(1)
 
 
 def build():

@@ -353,11 +353,11 @@ def test_what_a_subclass_learns_and_would_lose_is_named(network, tmp_path):
 
 
 def test_a_constructor_that_does_not_call_its_base(network):
-    class Bare(Detector):
+    class Baseless(Detector):
         def __init__(self, model): self.power = 2
         def predict(self, x): return self.logits(x).amax(1)
-    with pytest.raises(NiooddError, match=r"this Bare has no \w+; expected a constructor that begins with super"):
-        Bare(network).predict(images(2))
+    with pytest.raises(NiooddError, match=r"this Baseless has no \w+; expected a constructor that begins with super"):
+        Baseless(network).predict(images(2))
 
 
 def test_two_detectors_of_one_name():

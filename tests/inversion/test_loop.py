@@ -107,6 +107,7 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
 
 def test_a_loss_of_ones_own_counts_by_its_name(problem, config, tmp_path, monkeypatch):
     monkeypatch.setitem(LOSSES, "dark", None)  # Taken out again afterwards
+    del LOSSES["dark"]
     generator_loss("dark")(lambda batch: (batch.images + 1).mean())
     run(with_values(config, ["losses=dark:9000", "rounds=1"]), tmp_path, problem=problem, progress=False)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
