@@ -155,9 +155,9 @@ def data_set(
     _check_name(name)
 
     def register(read: Callable) -> Callable:
-        if name in SOURCES and SOURCES[name].read.__module__ != read.__module__:
-            raise NiooddError(f"the name {name!r} is taken by an image set of "
-                              f"{SOURCES[name].read.__module__}; expected a new one")
+        owner = SOURCES[name].read.__module__ if name in SOURCES else read.__module__
+        if owner != read.__module__ and "__main__" not in (owner, read.__module__):
+            raise NiooddError(f"the name {name!r} is taken by an image set of {owner}; expected a new one")
         _check_reader(read, name, kind)
         SOURCES[name] = Source(name, kind, n, about, how_to_get, find, read)
         return read

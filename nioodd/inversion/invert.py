@@ -114,7 +114,7 @@ def generator_loss(
 
     def register(function):
         owner = getattr(LOSSES[name].function, "__module__", None) if name in LOSSES else function.__module__
-        if owner != function.__module__:
+        if owner != function.__module__ and "__main__" not in (owner, function.__module__):
             raise NiooddError(f"the name {name!r} is taken by a loss of {owner}; expected a new one")
         LOSSES[name] = Loss(function, weight, title or name)
         return function

@@ -83,10 +83,13 @@ class Run(NamedTuple):
         return kept or (self.rows[-1] if len(self.rows) > 1 else None)
 
 # %% ../../nbs/inversion/06_report.ipynb #40644b36
+_NUMBERS = ("detected", "auroc", "aupr_in", "aupr_out", "fpr95_id_positive", "fpr95_ood_positive",
+            "accuracy_known", "accuracy_all", "rejected") # Of a row: a number each, or none
+
 def _row_schema() -> dict:
     "Of metrics.jsonl, and of `trust` in run.json."
     figure, count = {"type": ["number", "null"]}, {"type": "integer"}
-    figures = {"type": "object", "properties": dict.fromkeys(COLUMNS, figure) | dict(images=count, n=count),
+    figures = {"type": "object", "properties": dict.fromkeys(_NUMBERS, figure) | dict(images=count, n=count),
                "additionalProperties": {"type": ["number", "null", "array"]}}
     return {"type": "object", "properties": {
         "round": count, "id": figures, "ood": {"type": "object", "additionalProperties": figures}}}
