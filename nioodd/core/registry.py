@@ -51,8 +51,8 @@ class Registry(dict):
     def check_free(self, name: str, thing: type) -> None:
         "Raise `NiooddError` if `name` belongs to another class than `thing`, or an earlier form of it."
         owner = self.get(name, thing)
-        if (owner.__module__, owner.__qualname__) == (thing.__module__, thing.__qualname__): return
-        if "__main__" in (owner.__module__, thing.__module__): return # A notebook, where modules are written
+        modules = {owner.__module__, thing.__module__}
+        if owner.__qualname__ == thing.__qualname__ and (len(modules) == 1 or "__main__" in modules): return
         full_name = f"{owner.__module__}.{owner.__qualname__}"
         raise NiooddError(f"the {self.kind} {name!r} is {full_name} already; expected a new name")
 
