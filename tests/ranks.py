@@ -3,28 +3,15 @@ import os
 
 import pytest
 import torch
+from small_networks import small_classifier, small_images
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from nioodd.core.detector import shared_images
 from nioodd.core.errors import NiooddError
 from nioodd.core.forward import SharedImages
-from nioodd.core.models import Classifier
 from nioodd.posthoc.layerwise import LayerwiseDetector
 
-
-def images(n, seed=0):
-    return torch.randint(256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
-def network():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = Classifier(4, size=8)
-        net(torch.randn(64, 1, 8, 8))
-    return net.eval()
-
-
-TRAIN, HELD_OUT, NEW = images(600), images(301, 1), images(50, 2)
+TRAIN, HELD_OUT, NEW = small_images(600), small_images(301, 1), small_images(50, 2)
 
 
 class EveryOther(IterableDataset):
@@ -46,7 +33,7 @@ def fit(rank, ranks, kind, n, folder):
     torch.set_num_threads(1)
     os.environ |= dict(MASTER_ADDR="localhost", GLOO_SOCKET_IFNAME="lo")
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=ranks)
-    detector = LayerwiseDetector(network()).fit(*given(kind, rank, ranks), n=n, bank=40, across_ranks=True)
+    detector = LayerwiseDetector(small_classifier()).fit(*given(kind, rank, ranks), n=n, bank=40, across_ranks=True)
     assert 0 < len(shared_images(TRAIN, n).own) < 600  # It has a part of them
     detector.save(f"{folder}/{rank}")
     mine = SharedImages(TRAIN[rank::ranks], torch.arange(rank, 600, ranks), 600)

@@ -497,14 +497,14 @@ def _share(text: str) -> float:
                 "or no. Exit code: 0; 1 if a file could not be read; 3 if --fail-if-ood says so.")
 def _score(a: argparse.Namespace) -> int:
     "Prints one row per image that can be read, and on the error output which cannot."
-    from nioodd.app.score import Options, Printed, image_paths, score_files
+    from nioodd.app.score import Options, Printed, image_paths, score_paths
     from nioodd.core.images import MOST_PIXELS
-    image_paths(a.paths) # What is wrong with them is said before the detector loads
+    paths = image_paths(a.paths) # What is wrong with them is said before the detector loads
     detector = _load(a)
     print(f"nioodd: images: {detector.preparation.in_words()}", file=sys.stderr)
     rows = Printed(a.format or "table") if a.format or not a.out else None
     options = Options(a.shard, a.strict, MOST_PIXELS if a.most_pixels is None else a.most_pixels)
-    try: done = score_files(detector, a.paths, rows, a.out, _identity(Path(a.run)) if a.out else "", options)
+    try: done = score_paths(detector, paths, rows, a.out, _identity(Path(a.run)) if a.out else "", options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what was judged is in {a.out}; the same command goes on" if a.out else "") from None
     if not done.judged + done.before and done.errors: raise done.errors[0]
@@ -608,6 +608,7 @@ def _bench_ood(a: argparse.Namespace) -> int:
     _print_scoreboards(a, todo, done)
     return 0
 
+# %% ../../nbs/app/04_cli.ipynb #19360074
 def _bench_own(a: argparse.Namespace) -> int:
     "`nioodd bench ood --model`: prints near and far means of each detector."
     if a.id is None: raise NiooddError("--model needs --id: what the network knows, as folder:photos")
@@ -629,6 +630,7 @@ def _bench_own(a: argparse.Namespace) -> int:
           f"{len(problem.test)} test images; results in {a.out}")
     return 0
 
+# %% ../../nbs/app/04_cli.ipynb #40176f62
 def _check_names(a: argparse.Namespace, detectors: set[str]) -> None:
     "Raises `NiooddError` for an unknown metric or detector."
     from nioodd.core.metrics import METRICS
@@ -718,7 +720,7 @@ def _bench_trust(a: argparse.Namespace) -> int:
 @command("bench stream",
     argument("--out", metavar="FILE", default="stream.json", help="the JSON file"),
     argument("--sizes", default="32,224", metavar="32,224", help="of the images, pixels"),
-    argument("--images", default="1000,3000", metavar="N,N", help="how many files"),
+    argument("--images", default="1000,10000", metavar="N,N", help="how many files"),
     help="how much memory and time many files take, to fit and to score")
 def _bench_stream(a: argparse.Namespace) -> int:
     from nioodd.app.stream import bench_stream, stream_table
@@ -767,13 +769,13 @@ def _without_output(code: int) -> int:
 def _is_lack_of_memory(e: BaseException) -> bool:
     return isinstance(e, MemoryError) or "allocate memory" in str(e) or "out of memory" in str(e).lower()
 
-# %% ../../nbs/app/04_cli.ipynb #19360074
+# %% ../../nbs/app/04_cli.ipynb #f2315084
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `nioodd`; the exit code: 0, 2 for what the user can put right, 130 after Ctrl-C."
-    a = parser().parse_args(argv)
     keep_memory()
     _print_anything()
     try:
+        a = parser().parse_args(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = a.do(a)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/app/00_folders.ipynb #adda2a9f
 from ..benchmark.recipes import load_classifier, read_recipe, recipe_data
 from ..core.datasets import Problem, load
-from ..core.detector import load_weights
+from ..core.detector import check_share, load_weights
 from ..core.errors import NiooddError
 from ..core.files import ResumableFolder, check_empty, load_tensors, provenance, write_json
 from ..core.forward import preparation_of, prepared
@@ -80,10 +80,8 @@ class Guarded(NamedTuple):
                 f"of {self.available} {kind} images that calibrate it{more}"
                 f"\ndetector  {self.folder}")
 
-# %% ../../nbs/app/00_folders.ipynb #58248183
-def _check_share(false_alarms: float) -> None:
-    if 0 < false_alarms < 1: return
-    raise NiooddError(f"false_alarms (--false-alarms) is {false_alarms}; expected a share between 0 and 1, as 0.01")
+# %% ../../nbs/app/00_folders.ipynb #f5b9e765
+#| export
 
 # %% ../../nbs/app/00_folders.ipynb #240f8dbe
 def guard(
@@ -100,7 +98,7 @@ def guard(
 
     Raises `NiooddError` for a share that is none, a folder `out` that is not empty, a `folder`
     without a network or its data, and for too few held-out images."""
-    _check_share(false_alarms)
+    check_share(false_alarms, "false_alarms (--false-alarms)")
     check_empty(out)
     model, _, problem = folder_problem(folder, data, root)
     held_out, kind = _calibration_images(problem)
@@ -134,8 +132,14 @@ def own_network(
     if not isinstance(network, nn.Module):
         raise NiooddError(f"{name!r} gives a {type(network).__name__}; expected a torch.nn.Module, "
                           "or a function that makes one")
-    if weights is not None: load_weights(network, load_tensors(weights)[0])
+    if weights is not None: load_weights(network, _weights_in(Path(weights)))
     return network.eval()
+
+def _weights_in(file: Path) -> dict[str, torch.Tensor]:
+    "The tensors of a file of safetensors. Raises `NiooddError` for another suffix."
+    if file.suffix == ".safetensors": return load_tensors(file)[0]
+    raise NiooddError(f"{file} does not end in .safetensors; expected such a file, for reading others can run code; "
+                      "write one with safetensors.torch.save_file(network.state_dict(), ...)")
 
 # %% ../../nbs/app/00_folders.ipynb #8530855f
 def images_of(
@@ -173,7 +177,7 @@ def guard_network(
     **preparation, # How a picture becomes the network's input: `transform`, `mean`, `std`, `size` …
 ) -> Guarded:
     "As `guard`, for a network of the user's and images in folders. The images are read one batch after the other."
-    _check_share(false_alarms)
+    check_share(false_alarms, "false_alarms (--false-alarms)")
     check_empty(out)
     model = prepared(model, **preparation)
     train = images_of(data, "train", preparation_of(model), root)

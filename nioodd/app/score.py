@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'MOST_AT_ONCE', 'Row', 'FILES', 'image_paths', 'parts_of', 'in_shard', 'Judge', 'judged', 'plain_cell',
-           'table_lines', 'Printed', 'TextFile', 'ParquetFolder', 'Scored', 'Options', 'score_files']
+           'table_lines', 'Printed', 'TextFile', 'as_unicode', 'ParquetFolder', 'Scored', 'Options', 'score_paths',
+           'score_files']
 
 # %% ../../nbs/app/02_score.ipynb #d96e4a16
 import csv
@@ -29,6 +30,7 @@ from .. import __version__
 from ..core.errors import NiooddError, printable
 from ..core.files import parse_json, read_json, write_atomic, write_json
 from ..core.images import MOST_PIXELS, Preparation, is_visible, read_ahead, stacked
+from ..core.options import check_shard
 
 # %% ../../nbs/app/02_score.ipynb #22567029
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp") # Of the files in a folder
@@ -73,8 +75,8 @@ def parts_of(paths: Sequence[Path]) -> list[Sequence[Path]]:
 # %% ../../nbs/app/02_score.ipynb #01545547
 def in_shard(parts: list, shard: tuple[int, int]) -> list:
     "The parts of shard i of n. Raises `NiooddError` unless 1 ≤ i ≤ n."
+    check_shard(shard)
     i, n = shard
-    if not 1 <= i <= n: raise NiooddError(f"shard is {i}/{n}; expected 1/{n} to {n}/{n}")
     return parts[len(parts) * (i - 1) // n:len(parts) * i // n]
 
 # %% ../../nbs/app/02_score.ipynb #c995a55e
@@ -104,19 +106,22 @@ def judged(
     most_pixels: int = MOST_PIXELS, # An image with more is not read
 ) -> Iterator[tuple[list[Row], list[NiooddError]]]: # Of each part; why there is no row for some of its files
     "Judges files; while a part is judged, the next ones are decoded."
+    any_judged = False
     for paths, found in read_ahead(parts, judge.preparation, most_pixels):
-        good = [k for k, x in enumerate(found) if isinstance(x, Tensor)]
         errors = [x for x in found if isinstance(x, NiooddError)]
-        try: rows = _rows(judge, [paths[k] for k in good], [found[k] for k in good])
-        except NiooddError: # Of one image, perhaps: which one?
-            rows, more = _one_by_one(judge, [paths[k] for k in good], [found[k] for k in good])
+        good = [(path, x) for path, x in zip(paths, found) if isinstance(x, Tensor)]
+        try: rows = _rows(judge, [path for path, _ in good], [x for _, x in good])
+        except NiooddError as e: # Of one image, perhaps: which one?
+            rows, more = _one_by_one(judge, good)
+            if not rows and not any_judged and len(good) > 1: raise e # Of all of them
             errors += more
+        any_judged = any_judged or bool(rows)
         yield rows, errors
 
-def _one_by_one(judge: Judge, paths: Sequence[Path], images: list[Tensor]) -> tuple[list[Row], list[NiooddError]]:
+def _one_by_one(judge: Judge, images: list[tuple[Path, Tensor]]) -> tuple[list[Row], list[NiooddError]]:
     "As `judged`, for images of which one cannot be judged."
     rows, errors = [], []
-    for path, image in zip(paths, images):
+    for path, image in images:
         try: rows += _rows(judge, [path], [image])
         except NiooddError as e: errors.append(NiooddError(f"{path}: {e}"))
     return rows, errors
@@ -251,7 +256,7 @@ class TextFile:
 
     def close(self) -> None: pass
 
-# %% ../../nbs/app/02_score.ipynb #5164ea8f
+# %% ../../nbs/app/02_score.ipynb #41dd395b
 def _pyarrow():
     "The packages. Raises `NiooddError` where they are missing."
     try:
@@ -261,6 +266,9 @@ def _pyarrow():
         raise NiooddError("pyarrow is not installed; expected it for .parquet; install it with: pip install pyarrow, "
                           "or write .csv or .jsonl") from None
     return pyarrow, parquet
+
+def as_unicode(text: Any) -> Any: # A text with \udce9 in the place of bytes that are none; others as they are
+    return text.encode(errors="backslashreplace").decode() if isinstance(text, str) else text
 
 class ParquetFolder:
     "Rows in a folder of Parquet files."
@@ -275,10 +283,17 @@ class ParquetFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         files = sorted(self.path.glob("rows-*.parquet"))
         self.number = 1 + max([int(f.stem[5:]) for f in files], default=-1)
-        return [row for f in files for row in self.parquet.read_table(f, columns=["file", "ood"]).to_pylist()]
+        return [row for f in files for row in self._rows_in(f)]
+
+    def _rows_in(self, file: Path) -> list[Row]:
+        try: return self.parquet.read_table(file, columns=["file", "ood"]).to_pylist()
+        except (ValueError, OSError, self.pyarrow.ArrowException) as e:
+            why = " ".join(str(e).split())[:80]
+            raise NiooddError(f"{file} was changed since it was written ({why}); expected its own rows; "
+                              "give another folder") from None
 
     def add(self, rows: list[Row]) -> None:
-        self.waiting += rows
+        self.waiting += [{name: as_unicode(value) for name, value in row.items()} for row in rows]
         if len(self.waiting) >= self.rows_each: self.close()
 
     def close(self) -> None:
@@ -312,6 +327,11 @@ def _open_file(path: Path, about: dict[str, Any]) -> TextFile | ParquetFolder:
     write_json(note, about)
     return file
 
+# %% ../../nbs/app/02_score.ipynb #785c7573
+def _names_of(path: Path | str) -> set[str]:
+    "How a file may be called in its row: as it is, in CSV, in Parquet."
+    return {str(path), plain_cell("file", str(path)), as_unicode(str(path))}
+
 # %% ../../nbs/app/02_score.ipynb #04e77c1c
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
@@ -343,7 +363,7 @@ class Scored:
         "Of the judged files, how many are OOD."
         return self.ood / max(1, self.before + self.judged)
 
-# %% ../../nbs/app/02_score.ipynb #41dd395b
+# %% ../../nbs/app/02_score.ipynb #5164ea8f
 class Options(NamedTuple):
     "How files are judged."
     shard: tuple[int, int] = (1, 1) # i of n
@@ -351,9 +371,9 @@ class Options(NamedTuple):
     most_pixels: int = MOST_PIXELS # An image with more is not read
     progress: bool = True # A bar
 
-def score_files(
+def score_paths(
     judge: Judge, # A `Detector`, or an `Exported` one
-    places: Sequence[str | os.PathLike], # Image files, or folders of them
+    paths: Sequence[Path], # Of image files, from `image_paths`
     rows: Printed | None = None, # Where rows go as they come
     out: str | os.PathLike | None = None, # And a file, .csv, .jsonl or .parquet, with which a later call goes on
     name: str = "", # By which `out` knows the detector again: a checksum, say
@@ -361,23 +381,34 @@ def score_files(
 ) -> Scored:
     """Judges image files; a file that cannot be read is counted, and its error kept.
 
-    Raises `NiooddError` for places without images, for an `out` of something else or in use, and, if `strict`,
-    for a file that cannot be read. What was judged until then is in `out`."""
-    parts = in_shard(parts_of(image_paths(places)), options.shard)
+    Raises `NiooddError` for an `out` of something else or in use, and, if `strict`, for a file that cannot be
+    read. What was judged until then is in `out`."""
+    parts = in_shard(parts_of(paths), options.shard)
     done = Scored(sum(map(len, parts)))
     if out is None: return _judge_all(judge, parts, [rows] if rows else [], set(), done, options)
     with _alone(Path(out)):
         file = _open_file(Path(out), dict(nioodd=__version__, detector=name, shard=[*options.shard]))
         there = {row["file"]: str(row["ood"]) == "True" for row in file.read()}
-        asked = {name for part in parts for path in part for name in (str(path), plain_cell("file", str(path)))}
+        asked = {name for part in parts for path in part for name in _names_of(path)}
         done.before, done.ood = len(there.keys() & asked), sum(there[name] for name in there.keys() & asked)
         known = {*there}
         return _judge_all(judge, parts, [file, rows] if rows else [file], known, done, options)
 
+def score_files(
+    judge: Judge, # A `Detector`, or an `Exported` one
+    places: Sequence[str | os.PathLike], # Image files, or folders of them
+    rows: Printed | None = None,
+    out: str | os.PathLike | None = None,
+    name: str = "",
+    options: Options = Options(),
+) -> Scored:
+    "`score_paths` of the files, and of the image files in the folders. Raises `NiooddError` for places without images."
+    return score_paths(judge, image_paths(places), rows, out, name, options)
+
 # %% ../../nbs/app/02_score.ipynb #aa0d62ae
 def _judge_all(judge: Judge, parts: list, outputs: list, known: set[str], done: Scored, options: Options) -> Scored:
     "Judges the parts in which a file is not `known` yet."
-    def is_new(path: Path | str) -> bool: return str(path) not in known and plain_cell("file", str(path)) not in known
+    def is_new(path: Path | str) -> bool: return known.isdisjoint(_names_of(path))
 
     left = [part for part in parts if any(map(is_new, part))] if known else parts
     bar = tqdm(total=done.files, initial=done.files - sum(map(len, left)), desc="judging", unit="image", leave=False,

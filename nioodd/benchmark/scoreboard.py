@@ -39,6 +39,7 @@ from ..core.files import commit, load_tensors, parse_json, read_bytes, save_tens
 from ..core.images import ImageSet
 from ..core.metrics import HIGHER_IS_BETTER, METRICS, ood_metrics, paired_bootstrap
 from ..core.models import NETWORKS
+from ..core.options import check_shard
 from ..core.registry import Registry, patch
 from ..inversion.outliers import FAMILIES, outliers
 from ..posthoc.baselines import BASELINES, FitData, ensemble_score
@@ -274,6 +275,8 @@ def _run_name(network: str, seed: int) -> str: return f"{network}-seed{seed}"
 def _rows_file(out, network: str, seed: int, shard: tuple[int, int] = (1, 1)) -> Path:
     part = "" if shard[1] == 1 else f".{shard[0]}-of-{shard[1]}"
     return Path(out) / f"{_run_name(network, seed)}{part}.jsonl"
+
+def _as_file_name(text: str) -> str: return text.replace(os.sep, "_").replace(":", "_") # Of module:Class
 def cell_of(row: dict) -> Cell: return Cell(row["network"], row["seed"], row["detector"], row["ood"])
 
 def read_rows(out: str | os.PathLike) -> list[dict]: # The folder of results, or one file of it
@@ -322,8 +325,8 @@ def add_rows(
 
 def _scores_file(work: str | os.PathLike, cell: Cell) -> Path:
     "Where the scores of a cell's detector are kept."
-    detector = cell.detector.replace(os.sep, "_").replace(":", "_")
-    return Path(work) / "scores" / _run_name(cell.network, cell.seed) / f"{detector}.safetensors"
+    file = f"{_as_file_name(cell.detector)}.safetensors"
+    return Path(work) / "scores" / _run_name(cell.network, cell.seed) / file
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #cfc7ddd5
 def _provenance(network: TrainedNetwork) -> dict:
@@ -500,8 +503,8 @@ def run_cells(
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #4c98db47
 def in_shard(todo: list[Cell], shard: tuple[int, int]) -> list[Cell]:
     "Every n-th detector of a network, from the i-th on. Raises `NiooddError` unless 1 ≤ i ≤ n."
+    check_shard(shard)
     i, n = shard
-    if not 1 <= i <= n: raise NiooddError(f"shard is {i}/{n}; expected 1/{n} to {n}/{n}")
     chosen = {*[*dict.fromkeys(c[:3] for c in todo)][i - 1::n]}
     return [c for c in todo if c[:3] in chosen]
 
@@ -522,8 +525,8 @@ def run_detectors(
     for (network, seed, detector), its_cells in bar:
         bar.set_description(f"{network} seed {seed}: {detector}")
         if (network, seed) not in opened: opened = {(network, seed): open_network(network, seed)}
-        name = f"{_run_name(network, seed)}-{detector}".replace(os.sep, "_").replace(":", "_")
-        lock = FileLock(locks / f"{name}.lock", timeout=0)
+        name = f"{_run_name(network, seed)}-{_as_file_name(detector)}.lock"
+        lock = FileLock(locks / name, timeout=0)
         try:
             with lock: result["run"] += _run_detector(opened[network, seed], missing(its_cells, out), out, shard)
         except Timeout: result["busy"] += its_cells

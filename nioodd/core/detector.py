@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'PREPARATION', 'NETWORK', 'DESCRIPTION', 'IN_MEMORY', 'COPIES', 'NEARER', 'ood_api', 'DETECTORS',
            'load_weights', 'describe_network', 'rebuild_network', 'write_detector', 'read_detector', 'read_batch',
            'id_batches', 'known_images', 'all_images', 'shared_images', 'check_held_out', 'kind_of_images',
-           'conformal_p_values', 'threshold_for', 'Detector', 'in_memory', 'check_share', 'checked_p_values',
-           'benjamini_hochberg', 'detector_class', 'check_sorted_scores']
+           'conformal_p_values', 'rank_for', 'threshold_for', 'Detector', 'in_memory', 'check_share',
+           'checked_p_values', 'benjamini_hochberg', 'detector_class', 'check_sorted_scores']
 
 # %% ../../nbs/core/12_detector.ipynb #7385a1e2
 import copy
@@ -326,73 +326,83 @@ class _Draws:
         self.n += n
         return numbers, places
 
-# %% ../../nbs/core/12_detector.ipynb #c2df9963
+# %% ../../nbs/core/12_detector.ipynb #f8fd94a9
 class _Reservoir:
     "Keeps those `n` of all that goes by whose numbers are smallest."
-    def __init__(self, n: int | None, draws: _Draws, file: bool, streams: bool = True):
+    def __init__(self, n: int | None, draws: _Draws, file: bool, stream: bool = True):
         self.n, self.draws, self.file = n, draws, file
-        self.streams = streams # A loader may use a batch's memory again
+        self.stream = stream # Batches are copied, since a loader may use their memory again
         self.parts: list[Tensor] = [] # In memory
         self.kept: KeptImages | None = None # In a file
         self.labels: list[int] | None = [] # Of each row; None: not all have one
         self.places: list[int] = [] # Of each row, among all images
         self.largest: list[tuple[float, int]] = [] # Heap of (−number, row)
-        self.bytes, self.copied = 0, False
+        self.bytes = 0
 
-    def add(self, x: Tensor, y: Tensor | None) -> None:
-        numbers, places = self.draws.next(len(x))
-        if y is None: self.labels = None
-        have = len(self.places)
-        room = len(x) if self.n is None else min(len(x), max(0, self.n - have))
-        if room: self._append(x[:room], None if y is None else y[:room], numbers[:room], places[:room])
-        for i in range(room, len(x)):
-            if self.largest and -numbers[i].item() > self.largest[0][0]: self._replace(x[i], y, i, numbers, places)
+# %% ../../nbs/core/12_detector.ipynb #d88a49b7
+@patch
+def add(self: _Reservoir, x: Tensor, y: Tensor | None) -> None:
+    "The next images."
+    self._check(x)
+    if y is None: self.labels = None
+    numbers, places = self.draws.next(len(x))
+    room = len(x) if self.n is None else min(len(x), max(0, self.n - len(self.places)))
+    if room: self._append(x[:room], None if y is None else y[:room], numbers[:room], places[:room])
+    for i in range(room, len(x)):
+        if self.largest and -numbers[i].item() > self.largest[0][0]: self._replace(x[i], y, i, numbers, places)
 
-    def _append(self, x: Tensor, y: Tensor | None, numbers: Tensor, places: Tensor) -> None:
-        self._check(x)
-        if self.n is not None:
-            for row, number in enumerate(numbers.tolist(), len(self.places)): heappush(self.largest, (-number, row))
-        self.places += places.tolist()
-        if self.labels is not None: self.labels += y.tolist()
-        self.parts.append(x.clone() if self.n is not None or self.file or self.streams else x)
-        self.bytes += x.nbytes
-        if self.file and (self.kept is not None or self.bytes > IN_MEMORY): self._write()
+@patch
+def _check(self: _Reservoir, x: Tensor) -> None:
+    "Raise `NiooddError` for images of another shape or dtype than those before."
+    first = self.kept if self.kept is not None else self.parts[0] if self.parts else x
+    if x.shape[1:] == first.shape[1:] and x.dtype == first.dtype: return
+    _joined([torch.empty(0, *first.shape[1:], dtype=first.dtype), x])
 
-    def _write(self) -> None:
-        "What is in memory goes to the file."
-        if self.kept is None: self.kept = KeptImages(self.parts[0].shape[1:], self.parts[0].dtype)
-        for x in self.parts:
-            rows = torch.arange(len(self.kept), len(self.kept) + len(x))
-            self.kept.write(x, rows)
-            self.kept.rows = torch.cat([self.kept.rows, rows])
-        self.parts = []
+# %% ../../nbs/core/12_detector.ipynb #e1c28deb
+@patch
+def _append(self: _Reservoir, x: Tensor, y: Tensor | None, numbers: Tensor, places: Tensor) -> None:
+    "Images for which there is room."
+    if self.n is not None:
+        for row, number in enumerate(numbers.tolist(), len(self.places)): heappush(self.largest, (-number, row))
+    self.places += places.tolist()
+    if self.labels is not None: self.labels += y.tolist()
+    self.parts.append(x.clone() if self.stream else x)
+    self.bytes += x.nbytes
+    if self.file and (self.kept is not None or self.bytes > IN_MEMORY): self._write()
 
-    def _replace(self, image: Tensor, y: Tensor | None, i: int, numbers: Tensor, places: Tensor) -> None:
-        "An image takes the place of the one with the largest number."
-        self._check(image[None])
-        row = self.largest[0][1]
-        heapreplace(self.largest, (-numbers[i].item(), row))
-        self.places[row] = places[i].item()
-        if self.labels is not None: self.labels[row] = y[i].item()
-        if self.kept is not None: return self.kept.write(image[None], torch.tensor([row]))
-        if not self.copied: self.parts, self.copied = [_joined(self.parts)], True # Until now they were the loader's
-        self.parts[0][row] = image
+@patch
+def _write(self: _Reservoir) -> None:
+    "What is in memory goes to the file."
+    if self.kept is None: self.kept = KeptImages(self.parts[0].shape[1:], self.parts[0].dtype)
+    for x in self.parts:
+        rows = torch.arange(len(self.kept), len(self.kept) + len(x))
+        self.kept.write(x, rows)
+        self.kept.rows = torch.cat([self.kept.rows, rows])
+    self.parts = []
 
-    def _check(self, x: Tensor) -> None:
-        first = self.kept if self.kept is not None else self.parts[0] if self.parts else x
-        if x.shape[1:] == first.shape[1:] and x.dtype == first.dtype: return
-        _joined([torch.empty(0, *first.shape[1:], dtype=first.dtype), x])
+# %% ../../nbs/core/12_detector.ipynb #c2df9963
+@patch
+def _replace(self: _Reservoir, image: Tensor, y: Tensor | None, i: int, numbers: Tensor, places: Tensor) -> None:
+    "An image takes the place of the one with the largest number."
+    row = self.largest[0][1]
+    heapreplace(self.largest, (-numbers[i].item(), row))
+    self.places[row] = places[i].item()
+    if self.labels is not None: self.labels[row] = y[i].item()
+    if self.kept is not None: return self.kept.write(image[None], torch.tensor([row]))
+    if len(self.parts) > 1: self.parts = [_joined(self.parts)]
+    self.parts[0][row] = image
 
-    def all(self) -> tuple[Tensor | KeptImages, Tensor | None, Tensor, Tensor]:
-        "Images, labels, places and numbers, in the order in which they came."
-        places = torch.tensor(self.places, dtype=torch.int64)
-        order = places.argsort()
-        numbers = torch.zeros(len(places), dtype=torch.float64)
-        for number, row in self.largest: numbers[row] = -number
-        images = self.kept if self.kept is not None else _joined(self.parts) if self.parts else torch.empty(0, 1, 1, 1)
-        labels = None if self.labels is None or not self.places else torch.tensor(self.labels, dtype=torch.int64)[order]
-        in_order = (order == torch.arange(len(order))).all()
-        return images if in_order else take(images, order), labels, places[order], numbers[order]
+@patch
+def all(self: _Reservoir) -> tuple[Tensor | KeptImages, Tensor | None, Tensor, Tensor]:
+    "Images, labels, places and numbers, in the order in which they came."
+    places = torch.tensor(self.places, dtype=torch.int64)
+    order = places.argsort()
+    numbers = torch.zeros(len(places), dtype=torch.float64)
+    for number, row in self.largest: numbers[row] = -number
+    images = self.kept if self.kept is not None else _joined(self.parts) if self.parts else torch.empty(0, 1, 1, 1)
+    labels = None if self.labels is None or not self.places else torch.tensor(self.labels, dtype=torch.int64)[order]
+    in_order = (order == torch.arange(len(order))).all()
+    return images if in_order else take(images, order), labels, places[order], numbers[order]
 
 # %% ../../nbs/core/12_detector.ipynb #40e97762
 def _some_of(images: Dataset, n: int | None, seed: int, rank: int = 0, ranks: int = 1) -> Dataset:
@@ -404,7 +414,7 @@ def _some_of(images: Dataset, n: int | None, seed: int, rank: int = 0, ranks: in
 # %% ../../nbs/core/12_detector.ipynb #7de303ec
 def _is_map(images: Any) -> bool: return isinstance(images, Dataset) and not isinstance(images, IterableDataset)
 
-# %% ../../nbs/core/12_detector.ipynb #d88a49b7
+# %% ../../nbs/core/12_detector.ipynb #843a4afc
 def known_images(
     images, # See `id_batches`
     n: int | None = None, # Of a loader or data set, at most so many; None: all
@@ -414,7 +424,7 @@ def known_images(
     "ID images in one tensor. Raises `NiooddError` as `id_batches`, and for images of several shapes."
     if isinstance(images, (Tensor, ImageSet)): n = None
     if _is_map(images) and n is not None and n < len(images): images = _some_of(images, n, seed)
-    reservoir = _Reservoir(n, _Draws(seed, 0, 1), file, streams=not isinstance(images, (Tensor, ImageSet)))
+    reservoir = _Reservoir(n, _Draws(seed, 0, 1), file, stream=not isinstance(images, (Tensor, ImageSet)))
     for x, y in id_batches(images): reservoir.add(x, y)
     return reservoir.all()[:2]
 
@@ -522,14 +532,21 @@ def conformal_p_values(
     below = torch.searchsorted(calibration.to(scores), scores.contiguous())
     return (1 + n - below).double() / (1 + n)
 
-# %% ../../nbs/core/12_detector.ipynb #f8fd94a9
+# %% ../../nbs/core/12_detector.ipynb #8050472c
+def rank_for(
+    n: int, # Held-out images
+    false_alarms: float,
+) -> int: # In 0 … n
+    "How many of n held-out images may score as high as the threshold: the largest k with k/(n + 1) ≤ `false_alarms`."
+    return math.floor(false_alarms * (1 + n) + 1e-9) if 0 < false_alarms < 1 else 0
+
 def threshold_for(
     calibration: Tensor, # [n] scores of held-out ID images, ascending
     false_alarms: float = 0.05, # Share of known images that may be rejected, in (0, 1)
 ) -> float: # One of the scores
     "The threshold t: score > t says the same as p ≤ `false_alarms`. Raises `NiooddError` if n is too small."
     n = len(calibration)
-    rank = math.floor(false_alarms * (1 + n) + 1e-9) if 0 < false_alarms < 1 else 0
+    rank = rank_for(n, false_alarms)
     if rank: return calibration[-rank].item() # The rank − 1 scores above it have p ≤ α
     raise NiooddError(f"false_alarms is {false_alarms}; expected a share from {1 / (1 + n):.2g} to 1, as 0.01; "
                       f"{n} images to calibrate by give no smaller p-value: hold out more")

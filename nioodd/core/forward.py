@@ -79,7 +79,7 @@ def prepared(
     if unknown_names := given.keys() - {f.name for f in dataclass_fields(Preparation)}:
         raise TypeError(f"there is no option {', '.join(sorted(unknown_names))}")
     known = preparation_of(model)
-    if len(given.get("mean", ()) if np.ndim(given.get("mean", 0)) else ()) == 3: given.setdefault("channels", 3)
+    if np.size(given.get("mean", 0)) == 3: given.setdefault("channels", 3)
     if transform is not None: known = read_preparation(transform, channels=known.channels)
     return Prepared(bare(model), read_preparation(known, **given))
 
@@ -329,7 +329,7 @@ def run_network(
     except NiooddError: raise
     except Exception as e: # Anybody's code
         dtype = str(x.dtype).removeprefix("torch.")
-        raise NiooddError(f"{type(model).__name__} cannot take {dtype} images {list(x.shape)}: it raised "
+        raise NiooddError(f"{type(bare(model)).__name__} cannot take {dtype} images {list(x.shape)}: it raised "
                           f"{type(e).__name__} ({one_line(e)}); check their size and channels") from e
 
 def call_network(

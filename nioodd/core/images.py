@@ -741,9 +741,9 @@ class ImageFiles(Dataset):
 
     def some(self, chosen: list[int]) -> "ImageFiles":
         "Some of the images, by their numbers."
-        l = self.listing
-        labels = None if l.labels is None else l.labels[chosen]
-        return ImageFiles(l._replace(paths=[l.paths[i] for i in chosen], labels=labels), self.preparation)
+        paths, labels = [self.listing.paths[i] for i in chosen], self.listing.labels
+        listing = self.listing._replace(paths=paths, labels=None if labels is None else labels[chosen])
+        return ImageFiles(listing, self.preparation)
 
     def in_batches(self, n: int) -> Iterator[tuple]: # (uint8 [B, C, size, size], int64 [B] or None)
         "All images, n at a time; the next ones are decoded beforehand. Raises `NiooddError` for a bad file."

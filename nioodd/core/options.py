@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'option', 'check_options', 'names_in', 'with_values', 'to_dict', 'from_dict', 'differences', 'settings',
-           'field_docs']
+           'field_docs', 'check_shard']
 
 # %% ../../nbs/core/11_options.ipynb #a52c9a19
 import dataclasses
@@ -139,3 +139,9 @@ def field_docs(options) -> list[tuple[str, str, str]]:
         doc = f.metadata["doc"] + (f" ({choices})" if choices else "")
         rows.append((f.name, _value_text(getattr(options, f.name)), doc))
     return rows
+
+# %% ../../nbs/core/11_options.ipynb #bca04489
+def check_shard(shard: tuple[int, int]) -> None: # i of n
+    "Raise `NiooddError` unless 1 ≤ i ≤ n."
+    i, n = shard
+    if not 1 <= i <= n: raise NiooddError(f"shard is {i}/{n}; expected 1/{n} to {n}/{n}")

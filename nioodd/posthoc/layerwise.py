@@ -521,6 +521,7 @@ def fit(self: LayerwiseDetector,
     """As `Detector.fit`. A fit that fails leaves the detector as it was.
 
     Memory stays the same however many images a loader has: those that are kept go to a file if they are many."""
+    if not isinstance(n, int): raise NiooddError(f"n is {n!r}; expected a whole number of images, as 20000")
     def read(images, most): return shared_images(images, most) if across_ranks else all_images(images, most, file=True)
 
     if train is not None: train = read(train, n if held_out is not None else 2 * n)
@@ -602,32 +603,32 @@ def where(self: LayerwiseDetector,
 ) -> Tensor: # float64 [B, 4, 4], rows from the top; each image's sum is 1
     "Which fields of an image are strange, as far as its layers tell. Raises `NiooddError` for a network without maps."
     self._check_fitted()
-    names = [name for name in self.banks if name.endswith(" where") and self._reads_a_map(x, name)]
-    if not names: raise NiooddError("no layer of this network reads a map; expected one that does, for a where")
-    surprises = self.evidence(x)[1]
-    done, total = 0, []
-    for part in self.parts(x):
-        read, fields = read_directions(self.model, part, names)[1], 0
-        for name in names:
-            left = _unexplained(self.banks[name], read[name]).cpu()
-            side = _side_of(self.model, part, name)
-            by_field = left.view(len(part), -1, *side).sum(1, keepdim=True)
-            weight = surprises[name][done:done + len(part), None, None, None]
-            fields = fields + (0.01 + weight) * F.interpolate(by_field, (4, 4))
-        done += len(part)
-        total.append(fields[:, 0] / fields.sum((1, 2, 3))[:, None, None])
-    return torch.cat(total)
-
-@torch.no_grad()
-def _side_of(model: nn.Module, x: Tensor, name: str) -> list[int]:
-    "How many fields a map has, down and across."
-    layer = name.partition(" ")[0]
-    t = layer_inputs(model, as_input(x[:1], model), [layer], mode="eval")[1][layer]
-    return [min(4, side) for side in t.shape[2:]]
+    self.check_input(x)
+    if not len(x): return torch.zeros(0, 4, 4, dtype=torch.float64)
+    sides = _sides_of_maps(self.model, x[:1], [name for name in self.banks if name.endswith(" where")])
+    if not sides: raise NiooddError("no layer of this network reads a map; expected one that does, for a where")
+    return torch.cat([self._fields(part, sides) for part in self.parts(x)])
 
 @patch
+def _fields(self: LayerwiseDetector, x: Tensor, sides: dict[str, list[int]]) -> Tensor: # float64 [B, 4, 4]
+    "`where` of images that suit the network."
+    fields = torch.zeros(len(x), 1, 4, 4, dtype=torch.float64)
+    for name, u in read_directions(self.model, x, sides)[1].items():
+        if name not in sides: continue # The " what" of the same layer
+        surprise = self.surprise[name](self.banks[name](u))[:, None, None, None]
+        by_field = _unexplained(self.banks[name], u).cpu().view(len(x), -1, *sides[name]).sum(1, keepdim=True)
+        fields += (0.01 + surprise) * F.interpolate(by_field, (4, 4))
+    return fields[:, 0] / fields.sum((1, 2, 3))[:, None, None]
+
+# %% ../../nbs/posthoc/02_layerwise.ipynb #0753a2ec
 @torch.no_grad()
-def _reads_a_map(self: LayerwiseDetector, x: Tensor, name: str) -> bool:
-    "Whether a layer's input has rows and columns, as a sequence of tokens has not."
-    layer = name.partition(" ")[0]
-    return layer_inputs(self.model, as_input(x[:1], self.model), [layer], mode="eval")[1][layer].ndim == 4
+def _sides_of_maps(
+    model: nn.Module,
+    image: Tensor, # [1, C, H, W]
+    names: list[str], # As of banks
+) -> dict[str, list[int]]: # Of those that read rows and columns, as a sequence of tokens has not
+    "How many fields each map has, down and across."
+    layers = {name: name.partition(" ")[0] for name in names}
+    inputs = layer_inputs(model, as_input(image, model), {*layers.values()}, mode="eval")[1]
+    shapes = {name: inputs[layer].shape for name, layer in layers.items()}
+    return {name: [min(4, side) for side in shape[2:]] for name, shape in shapes.items() if len(shape) == 4}

@@ -27,6 +27,7 @@ from nioodd.core.detector import (
     check_share,
     checked_p_values,
     conformal_p_values,
+    rank_for,
 )
 from ..core.errors import NiooddError
 from ..core.files import check_schema, provenance, read_json, write_json
@@ -85,8 +86,7 @@ def _rank_for(n: int, false_alarms: float) -> int:
     "The largest rank with rank / (n + 1) ≤ `false_alarms`. Raises `NiooddError` if there is none."
     _check_count(n)
     check_share(false_alarms, "false_alarms")
-    rank = math.floor(false_alarms * (1 + n) + 1e-9)
-    if rank: return rank
+    if rank := rank_for(n, false_alarms): return rank
     raise NiooddError(f"{n} held-out images give no p-value below {1 / (1 + n):.2g}, "
                       f"and false_alarms is {false_alarms}; expected a larger rate; hold out more")
 
@@ -284,7 +284,7 @@ def is_ood(self: ClassConditional,
 # %% ../../nbs/posthoc/04_monitor.ipynb #9c41abc1
 def _check_class_size(c: int, n: int, false_alarms: float) -> None:
     "Raise `NiooddError` where `n` held-out images give no p-value as small as `false_alarms`."
-    if false_alarms * (1 + n) + 1e-9 >= 1: return
+    if rank_for(n, false_alarms): return
     raise NiooddError(f"class {c} has {n} held-out images, so no p-value below {1 / (1 + n):.2g}; "
                       f"false_alarms is {false_alarms}; hold out more, or set fewest={n + 1} to pool it")
 

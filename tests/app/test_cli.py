@@ -6,28 +6,18 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from PIL import Image
+from small_networks import small_classifier, small_images
 
 from nioodd.app.cli import COMMANDS, argument, main, parser
-from nioodd.core.models import Classifier
 from nioodd.inversion.detector import GarbageDetector
 
 WORDS = ["run", "train", "trust fit", "trust compare", "guard", "export", "score", "data", "report", "bench ood",
          "bench photographs", "bench loop", "bench trust", "bench stream", "bench detectors"]
 
 
-def images(n, seed=0):
-    return torch.randint(256, (n, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.fixture(scope="module")
-def network():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = Classifier(4, size=8)
-        net(torch.randn(64, 1, 8, 8))  # batch norm's running statistics leave their initial values
-        return net.eval()
+def network(): return small_classifier()
 
 
 def error(capsys, *argv):
@@ -131,13 +121,13 @@ def suffix(request):
 @pytest.fixture
 def files(tmp_path):
     "Three image files."
-    for i, image in enumerate(images(3, seed=8)): Image.fromarray(image[0].numpy()).save(tmp_path / f"{i}.png")
+    for i, image in enumerate(small_images(3, seed=8)): Image.fromarray(image[0].numpy()).save(tmp_path / f"{i}.png")
     return sorted(map(str, tmp_path.glob("*.png")))
 
 
 def test_export_and_score_from_the_command_line(network, suffix, files, tmp_path, capsys):
     detector = GarbageDetector(network, classes=["a", "b", "c"])  # quick to export; test_export.py has the others
-    detector.fit(held_out=images(400, seed=1), false_alarms=0.01).save(tmp_path / "guard")
+    detector.fit(held_out=small_images(400, seed=1), false_alarms=0.01).save(tmp_path / "guard")
     out = tmp_path / f"d{suffix}"
     assert main(["export", str(tmp_path / "guard"), "--out", str(out)]) == 0
     printed = capsys.readouterr().out

@@ -255,3 +255,10 @@ def test_guard_refuses(plain, trust, tmp_path):
         with pytest.raises(NiooddError, match=says) as e: call()
         assert "\n" not in str(e.value)
     assert not (tmp_path / "g").exists()
+
+
+def test_weights_are_read_from_safetensors_only(tmp_path):
+    from nioodd.app.folders import own_network
+    (tmp_path / "w.pt").write_bytes(b"a pickle")
+    with pytest.raises(NiooddError, match="does not end in .safetensors"):
+        own_network("torch.nn:Identity", tmp_path / "w.pt")

@@ -645,4 +645,6 @@ def test_where_is_a_share_of_each_field(network):
     assert torch.allclose(fields.sum((1, 2)), torch.ones(20, dtype=torch.float64))
     assert torch.allclose(detector.where(x[3:5]), fields[3:5], atol=1e-5)
     vectors = LayerwiseDetector(nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.ReLU(), nn.Linear(9, 3)))
+    assert detector.where(x[:0]).shape == (0, 4, 4)
+    with pytest.raises(NiooddError, match="n is '5'"): LayerwiseDetector(network).fit(train, held_out, n="5")
     with pytest.raises(NiooddError, match="reads a map"): vectors.fit(train, held_out, bank=40).where(x)

@@ -1,7 +1,8 @@
 "One detector of several processes: the sample, the banks, the threshold and the p-values of a single one."
 import pytest
 import torch
-from ranks import HELD_OUT, NEW, TRAIN, fit, given, images, network
+from ranks import HELD_OUT, NEW, TRAIN, fit, given
+from small_networks import small_classifier, small_images
 from torch.utils.data import DataLoader, TensorDataset
 
 from nioodd.core.detector import Detector, all_images
@@ -14,7 +15,7 @@ from nioodd.posthoc.layerwise import LayerwiseDetector
 def test_two_processes_make_the_detector_of_one(kind, n, tmp_path):
     torch.multiprocessing.spawn(fit, (2, kind, n, str(tmp_path)), nprocs=2)
     data = given(kind, 0, 1)
-    one = LayerwiseDetector(network()).fit(*data, n=n, bank=40)
+    one = LayerwiseDetector(small_classifier()).fit(*data, n=n, bank=40)
     two = [Detector.load(tmp_path / str(rank)) for rank in (0, 1)]
     for name, v in two[0].learnt().items(): assert torch.equal(two[1].learnt()[name], v), name
     assert two[0].threshold == two[1].threshold and len(two[0].calibration) == len(one.calibration)
@@ -25,12 +26,12 @@ def test_two_processes_make_the_detector_of_one(kind, n, tmp_path):
 
 def test_without_a_group_there_is_one_line():
     with pytest.raises(NiooddError, match="torchrun"):
-        LayerwiseDetector(network()).fit(TRAIN, HELD_OUT, across_ranks=True)
+        LayerwiseDetector(small_classifier()).fit(TRAIN, HELD_OUT, across_ranks=True)
 
 
 @pytest.mark.parametrize("index", [slice(3, 20), slice(None, None), slice(50, 60), torch.randperm(60)[:31]])
 def test_a_part_of_the_images_selects_as_the_whole(index):
-    x, own = images(60), torch.arange(60) % 3 == 1
+    x, own = small_images(60), torch.arange(60) % 3 == 1
     shared = SharedImages(x[own], own.nonzero()[:, 0], 60)
     wanted, some = take(x, index), take(shared, index)
     assert len(some) == len(wanted) and some.shape == wanted.shape
