@@ -38,8 +38,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"explore": required("explore"), "onnx": required("onnx"),
-                    "dev": required("dev", "explore", "onnx", "site")},
+    extras_require={"explore": required("explore"), "onnx": required("onnx"), "sat": required("sat"),
+                    "dev": required("dev", "explore", "onnx", "sat", "site")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

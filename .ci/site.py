@@ -39,6 +39,7 @@ PARTS = {
     "inversion": "Network inversion",
     "trust": "Trust intervals",
     "posthoc": "Detectors for trained networks",
+    "neighbours": "The neighbours of paper 1",
     "benchmark": "Benchmarks",
     "speed": "Speed",
     "explore": "Explorers",

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 package = Path(__file__).resolve().parents[1]/"nioodd"
-FLOORS = [{"core"}, {"inversion", "trust"}, {"posthoc"}, {"benchmark"}, {"speed"}, {"explore"}, {"app"}]  # From below
+FLOORS = [{"core"}, {"inversion", "trust"}, {"posthoc"}, {"neighbours"}, {"benchmark"}, {"speed"}, {"explore"},
+          {"app"}]  # From below
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = {f"{p.parent.name}.{p.stem}": p for p in package.glob("*/*.py") if p.stem != "__init__"}
 
