@@ -488,6 +488,8 @@ def _share(text: str) -> float:
                                            "the same command goes on where it was interrupted"),
     argument("--shard", type=_shard, default="1/1", metavar="I/N", help="only this part of the files, as 3/64"),
     argument("--strict", action="store_true", help="stop at the first file that cannot be read"),
+    argument("--false-alarms", type=float, metavar="RATE", help="the share of known images that may be called OOD, as "
+                                                               "0.01 (default: what the detector was fitted for)"),
     argument("--fail-if-ood", type=_share, metavar="SHARE", help="exit code 3 if more than this share is OOD"),
     argument("--most-pixels", type=int, metavar="N", help="an image with more is not read (default 25,000,000)"),
     argument("--trust", action="store_true", help="run code that a .pt2 file carries: only if you made it yourself"),
@@ -500,11 +502,13 @@ def _score(a: argparse.Namespace) -> int:
     from nioodd.app.score import Options, Printed, image_paths, score_paths
     from nioodd.core.images import MOST_PIXELS
     paths = image_paths(a.paths) # What is wrong with them is said before the detector loads
-    detector = _load(a)
+    detector, name = _load(a), _identity(Path(a.run)) if a.out else ""
+    if a.false_alarms is not None:
+        detector, name = detector.at_rate(a.false_alarms), f"{name} at {a.false_alarms}"
     print(f"nioodd: images: {detector.preparation.in_words()}", file=sys.stderr)
     rows = Printed(a.format or "table") if a.format or not a.out else None
     options = Options(a.shard, a.strict, MOST_PIXELS if a.most_pixels is None else a.most_pixels)
-    try: done = score_paths(detector, paths, rows, a.out, _identity(Path(a.run)) if a.out else "", options)
+    try: done = score_paths(detector, paths, rows, a.out, name, options)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"what was judged is in {a.out}; the same command goes on" if a.out else "") from None
     if not done.judged + done.before and done.errors: raise done.errors[0]

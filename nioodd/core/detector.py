@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from heapq import heappush, heapreplace
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -538,7 +539,8 @@ def rank_for(
     false_alarms: float,
 ) -> int: # In 0 … n
     "How many of n held-out images may score as high as the threshold: the largest k with k/(n + 1) ≤ `false_alarms`."
-    return math.floor(false_alarms * (1 + n) + 1e-9) if 0 < false_alarms < 1 else 0
+    if not isinstance(false_alarms, Real) or not 0 < false_alarms < 1: return 0
+    return math.floor(false_alarms * (1 + n) + 1e-9)
 
 def threshold_for(
     calibration: Tensor, # [n] scores of held-out ID images, ascending
@@ -548,7 +550,7 @@ def threshold_for(
     n = len(calibration)
     rank = rank_for(n, false_alarms)
     if rank: return calibration[-rank].item() # The rank − 1 scores above it have p ≤ α
-    raise NiooddError(f"false_alarms is {false_alarms}; expected a share from {1 / (1 + n):.2g} to 1, as 0.01; "
+    raise NiooddError(f"false_alarms is {false_alarms!r}; expected a share from {1 / (1 + n):.2g} to 1, as 0.01; "
                       f"{n} images to calibrate by give no smaller p-value: hold out more")
 
 # %% ../../nbs/core/12_detector.ipynb #a123584c
@@ -808,6 +810,14 @@ def threshold_at(self: Detector, false_alarms: float | None = None) -> float:
     raise NiooddError(f"this {type(self).__name__} has no threshold; expected one from ID images; "
                       "call fit(train, held_out) or calibrate(scores) first")
 
+# %% ../../nbs/core/12_detector.ipynb #f6f81108
+@patch
+def at_rate(self: Detector, false_alarms: float) -> Detector:
+    "The same detector, that says `ood` at another rate; see `threshold_at`."
+    twin = copy.copy(self)
+    twin.threshold = self.threshold_at(false_alarms)
+    return twin
+
 # %% ../../nbs/core/12_detector.ipynb #9cdbc271
 @patch
 def rejects(self: Detector, scores: Tensor, false_alarms: float | None = None) -> Tensor: # [B] → bool [B]
@@ -824,8 +834,8 @@ def is_ood(self: Detector, x: Tensor, false_alarms: float | None = None) -> Tens
 # %% ../../nbs/core/12_detector.ipynb #dee45a87
 def check_share(share: float, name: str) -> None:
     "Raise `NiooddError` unless `share` lies between 0 and 1, both excluded."
-    if 0 < share < 1: return
-    raise NiooddError(f"{name} is {share}; expected a share between 0 and 1, as 0.1")
+    if isinstance(share, Real) and 0 < share < 1: return
+    raise NiooddError(f"{name} is {share!r}; expected a share between 0 and 1, as 0.1")
 
 # %% ../../nbs/core/12_detector.ipynb #28a80d51
 def checked_p_values(

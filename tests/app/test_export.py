@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nioodd.app.export import LACKING, Exported, Verdict, compare, describe, export, traced
+from nioodd.app.export import LACKING, OWN_RATE, Exported, Verdict, compare, describe, export, traced
 from nioodd.core.detector import Detector
 from nioodd.core.errors import NiooddError
 from nioodd.core.models import ARCHITECTURES, Classifier
@@ -130,7 +130,8 @@ def test_every_measure_of_siblings(measure):
     d = TrustIntervalDetector(net, uniform_sigma(net, 0.3), measure=measure).fit(held_out=images(80, seed=1))
     program = traced(d, 8, 1).run_decompositions(LACKING)
     assert not {n.target for n in program.graph.nodes} & {*LACKING}
-    assert compare(d, program.module(), x).score <= 1e-5
+    run = program.module()
+    assert compare(d, lambda images: run(images, OWN_RATE), x).score <= 1e-5
 
 
 def test_siblings_that_are_certain(tmp_path):
@@ -165,6 +166,38 @@ def test_a_copy_in_one_pass_leaves_the_detector_alone(detectors):
         assert made.exported_networks and not d.exported_networks and made.model is not d.model
         torch.testing.assert_close(made.predict(x), d.predict(x), rtol=1e-5, atol=1e-5)
         assert not any(p.requires_grad for p in made.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["layerwise", "trust"])
+def test_false_alarms_are_an_input_of_the_graph(name, suffix, detectors, written):
+    detector, x = detectors[name], torch.cat([images(300, seed=7), 255 - images(100, seed=8) // 3])
+    again = Exported(written(name, suffix).path)
+    for rate in (0.006, 0.01, 0.05, 0.123, 0.5):
+        found = again.at_rate(rate).verdict(x)
+        assert torch.equal(found["ood"], detector.is_ood(x, rate))
+        assert torch.equal(found["ood"], detector.at_rate(rate).verdict(x)["ood"])
+        assert torch.equal(found["score"], again.verdict(x)["score"])
+    assert again.at_rate(0.01).threshold == detector.threshold_at(0.01) and again.at_rate(0.123).threshold is None
+
+
+def test_onnx_elsewhere_takes_a_rate_or_none(detectors, written):
+    needs_onnx()
+    import onnxruntime
+    session = onnxruntime.InferenceSession(written("layerwise", ".onnx").path)
+    x, names = images(60, seed=9), [o.name for o in session.get_outputs()]
+    for given, expected in (({}, detectors["layerwise"].is_ood(x)),
+                            (dict(false_alarms=0.3), detectors["layerwise"].is_ood(x, 0.3))):
+        feed = {k: torch.tensor(v, dtype=torch.float64).numpy() for k, v in given.items()}
+        found = dict(zip(names, session.run(None, dict(images=x.numpy()) | feed)))
+        assert (found["ood"] == expected.numpy()).all()
+
+
+def test_a_rate_that_cannot_be_had(network, detectors, written, tmp_path):
+    e = written("layerwise", ".pt2")
+    for rate in (0, 1, 0.001, -1, math.nan, "0.1", None):
+        assert "expected a share from 0.005 to 1" in one_line(e.at_rate, rate)
+    bare = export(GarbageDetector(network, threshold=0.0), tmp_path / "d.pt2")
+    assert "takes no rate of false alarms" in one_line(bare.at_rate, 0.1)
 
 
 # What ONNX lacks
@@ -214,7 +247,8 @@ def test_metadata(detectors, suffix, written):
         model = onnx.load(e.path)
         onnx.checker.check_model(model)
         assert json.loads({p.key: p.value for p in model.metadata_props}["threshold"]) == e.threshold
-        (given,) = model.graph.input
+        given, rate = model.graph.input
+        assert rate.name == "false_alarms" and not rate.type.tensor_type.shape.dim
         outputs = [o.name for o in model.graph.output]
         assert given.name == "images" and outputs == ["label", "uncertainty", "p_value", "score", "ood", "early"]
         kind = given.type.tensor_type
