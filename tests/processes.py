@@ -37,7 +37,7 @@ def squares(n, seed, classes=3):
 def run_loop(out: str, resume: bool):
     torch.set_num_threads(1)
     problem = Problem(squares(300, 0), squares(60, 1), {"squares": squares(60, 2)})
-    config = with_values(Config(), [*TINY, "rounds=6", "generator_steps=12"])
+    config = with_values(Config(), [*TINY, "rounds=4", "generator_steps=12"])
     run(config, out, problem=problem, resume=resume, progress=False)
 
 

@@ -192,11 +192,11 @@ def test_resume_from_any_file_is_bit_identical(left_alone, tmp_path, dies_before
 
 
 def test_killed_at_random_moments_and_resumed(recipe, tmp_path):
-    recipe, rng, kills = dataclasses.replace(recipe, epochs=30), random.Random(0), 0
+    recipe, rng, kills = dataclasses.replace(recipe, epochs=16), random.Random(0), 0
     out = tmp_path / "part"
 
     def logged(): return (out / "log.jsonl").read_text() if (out / "log.jsonl").exists() else ""
-    for _ in range(4):
+    for _ in range(2):
         p = forkserver.Process(target=run_training, args=(recipe, out, out.exists()))
         before = logged()
         p.start()
@@ -204,7 +204,7 @@ def test_killed_at_random_moments_and_resumed(recipe, tmp_path):
         time.sleep(rng.random() * 0.2)
         p.kill(); p.join(60)
         kills += p.exitcode == -signal.SIGKILL
-    assert kills >= 3
+    assert kills == 2
     train_classifier(recipe, out, resume=True, progress=False)
     train_classifier(recipe, tmp_path / "whole", progress=False)
     same(tmp_path / "whole", out)

@@ -82,14 +82,14 @@ def finished_rounds(out):
 
 
 def test_killed_at_random_moments_and_resumed(tmp_path):
-    "SIGKILL at five random moments: the resumed run's final weights are those of a run that was left alone."
+    "SIGKILL at three random moments: the resumed run's final weights are those of a run that was left alone."
     whole = forkserver.Process(target=run_loop, args=(str(tmp_path / "whole"), False))
     began = time.perf_counter()
     whole.start(); whole.join(300)
-    one_round = (time.perf_counter() - began) / 8
+    one_round = (time.perf_counter() - began) / 6
     assert whole.exitcode == 0
     rng, out, kills = random.Random(0), tmp_path / "part", 0
-    for _ in range(5):
+    for _ in range(3):
         p, before = forkserver.Process(target=run_loop, args=(str(out), out.exists())), finished_rounds(out)
         p.start()
         while p.is_alive() and finished_rounds(out) <= before: time.sleep(0.005)
@@ -98,11 +98,11 @@ def test_killed_at_random_moments_and_resumed(tmp_path):
             time.sleep(0.005)                           # or the machine has become faster than it was
         p.kill(); p.join(60)
         kills += p.exitcode == -signal.SIGKILL
-    assert kills >= 3                                   # the last may find the run finished
+    assert kills >= 2                                   # the last may find the run finished
     p = forkserver.Process(target=run_loop, args=(str(out), True))
     p.start(); p.join(300)
     assert p.exitcode == 0
-    same_files(tmp_path / "whole", out, 6)
+    same_files(tmp_path / "whole", out, 4)
 
 
 def test_a_loss_of_ones_own_counts_by_its_name(problem, config, tmp_path, monkeypatch):
