@@ -218,14 +218,16 @@ def _onnx_runner(content: bytes) -> tuple[Run, dict[str, Any]]: # And what `desc
     options.log_severity_level = 3 # Errors only
     session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
-    (first,) = [i.name for i in session.get_inputs()]
+    texts = session.get_modelmeta().custom_metadata_map
+    about = {name: parse_json(text) for name, text in texts.items()}
+    if [i.name for i in session.get_inputs()] != about.get("inputs", ["images"]):
+        raise ValueError("its inputs are not those that it says")
 
     def run(images: Tensor, false_alarms: Tensor | None = None) -> dict[str, Tensor]:
         rate = {} if false_alarms is None else dict(false_alarms=false_alarms.numpy())
-        found = session.run(names, {first: images.numpy()} | rate)
+        found = session.run(names, dict(images=images.numpy()) | rate)
         return {name: torch.from_numpy(v) for name, v in zip(names, found)}
-    texts = session.get_modelmeta().custom_metadata_map
-    return run, {name: parse_json(text) for name, text in texts.items()}
+    return run, about
 
 # %% ../../nbs/app/01_export.ipynb #d116f2a2
 _PLAIN_PARTS = re.compile( # Of the archive, without the first folder
@@ -485,10 +487,7 @@ def _program(detector: Detector, about: dict[str, Any]) -> bytes: # A file of `t
         torch.export.save(program, file, extra_files=extra)
     return file.getvalue()
 
-# %% ../../nbs/app/01_export.ipynb #648215bc
-def _default_rate() -> Any: # An ONNX tensor
-    from onnx.numpy_helper import from_array
-    return from_array(OWN_RATE.numpy(), "false_alarms")
+
 
 # %% ../../nbs/app/01_export.ipynb #d324c9eb
 def _onnx(detector: Detector, about: dict[str, Any]) -> bytes: # A file of ONNX; `about` is its metadata
@@ -498,7 +497,6 @@ def _onnx(detector: Detector, about: dict[str, Any]) -> bytes: # A file of ONNX;
         program = traced(detector, about["size"], about["channels"], _ForOnnx)
         if LACKING.keys() & {node.target for node in program.graph.nodes}: program = program.run_decompositions(LACKING)
         proto = torch.onnx.export(program, dynamo=True, verbose=False, **names).model_proto
-    if "inputs" in about: proto.graph.initializer.append(_default_rate())
     for name, value in about.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = name, json.dumps(value)

@@ -80,13 +80,25 @@ class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args): "Keeps the tests' output clean."
 
 
-@pytest.fixture(scope="session")
-def site(site_folder) -> str:
-    "Its address."
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=site_folder)) as server:
+@contextmanager
+def files_served(folder: Path):
+    "The address at which the files of a folder are."
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.fixture(scope="session")
+def site(site_folder) -> str:
+    "Its address."
+    with files_served(site_folder) as address: yield address
+
+
+@pytest.fixture
+def served(tmp_path) -> str:
+    "The address of this test's own folder."
+    with files_served(tmp_path) as address: yield address
 
 
 def free_port() -> int:
