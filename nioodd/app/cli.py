@@ -466,6 +466,25 @@ def _page(a: argparse.Namespace) -> int:
     print(f"page      {out}, {out.stat().st_size / 1e6:.1f} MB; open it in a browser")
     return 0
 
+# %% ../../nbs/app/05_cli.ipynb #87a83ac1
+@command("explore",
+    argument("tool", choices=("ask", "threshold", "siblings", "studio"),
+             help="draw and ask; scores and a threshold; siblings; inversion by hand"),
+    argument("folder", metavar="DETECTOR", help="the folder of a finished run or of a saved detector"),
+    argument("--known", metavar="SET", help="known images: a set, or folder:PATH"),
+    argument("--unknown", metavar="SET,SET", help="unknown images: sets, or folder:PATH"),
+    argument("--images", type=int, default=300, metavar="N", help="images of each set (default 300)"),
+    argument("--port", type=int, default=8866, help="of the page (default 8866)"),
+    argument("--no-browser", action="store_true", help="serve the page and open no browser"),
+    ROOT,
+    help="an explorer on a detector of your own, as a page",
+    description="Serve a page with one explorer on a saved detector, until it is interrupted (Ctrl-C).")
+def _explore(a: argparse.Namespace) -> int:
+    "Serves the page."
+    from nioodd.explore.open import serve
+    options = [f"--port={a.port}", *(["--no-browser"] if a.no_browser else [])]
+    return serve(*options, tool=a.tool, folder=a.folder, known=a.known, unknown=a.unknown, n=a.images, root=a.root)
+
 # %% ../../nbs/app/05_cli.ipynb #9b55c747
 def _identity(path: Path) -> str: # 64 hexadecimal digits
     "The checksum of a detector's file; that of a folder is in its JSON."
