@@ -12,8 +12,8 @@ from small_networks import small_classifier, small_images
 from nioodd.app.cli import COMMANDS, argument, main, parser
 from nioodd.inversion.detector import GarbageDetector
 
-WORDS = ["run", "train", "trust fit", "trust compare", "guard", "export", "score", "data", "report", "bench ood",
-         "bench photographs", "bench loop", "bench trust", "bench stream", "bench detectors"]
+WORDS = ["run", "train", "trust fit", "trust compare", "guard", "export", "page", "explore", "score", "data", "report",
+         "bench ood", "bench photographs", "bench loop", "bench trust", "bench stream", "bench detectors"]
 
 
 @pytest.fixture(scope="module")
