@@ -33,7 +33,8 @@ from ..core.images import MOST_PIXELS, Preparation, is_visible, read_ahead, stac
 from ..core.options import check_shard
 
 # %% ../../nbs/app/02_score.ipynb #22567029
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp") # Of the files in a folder
+SUFFIXES = ( # Of the files in a folder
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 # %% ../../nbs/app/02_score.ipynb #c5d9bf3a
 def _cannot_enter(e: OSError) -> None:
