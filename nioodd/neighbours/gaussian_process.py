@@ -602,7 +602,7 @@ VARIANTS = { # Name of rows → settings, score, reference
 class _Trained:
     "A trained network and its outputs on named sets, which are kept in `work`."
     def __init__(self, folder: Path, root, work: Path, images: int):
-        info = read_json(folder / "model.json")
+        info = read_json(folder / "model.json", {"type": "object", "required": ["network", "recipe", "sha256"]})
         self.model = rebuild_network(info["network"], load_tensors(folder / "model.safetensors")[0])
         recipe, size = info["recipe"], info["network"]["arguments"]["size"]
         self.problem = load_problem(recipe["data"], size=size, channels=1, root=root,
@@ -703,7 +703,7 @@ def bench_gp(
 ) -> list[dict]: # All rows
     "Choice of settings, and Gaussian processes on far sets. Raises `NiooddError` where networks or data are missing."
     out, networks = Path(out), Path(networks)
-    rows = read_json(out)["rows"] if out.is_file() else []
+    rows = read_json(out, {"type": "object", "required": ["rows"]})["rows"] if out.is_file() else []
     done = {(r["kind"], r["seed"], r["part"]) for r in rows}
     parts = [("choice", name) for name in CANDIDATES] + [("far", name) for name in (*VARIANTS, "controls")]
     todo = [(seed, *part) for seed in seeds for part in parts if (part[0], seed, part[1]) not in done]
