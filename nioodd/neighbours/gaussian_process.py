@@ -379,7 +379,7 @@ def compare(self: GPScores, outputs: Outputs) -> GPScores: # Itself
     "Keep of validation images what the scores need. Raises `NiooddError` as `references`."
     found = references(self.processes, outputs, self.reference)
     self.compared = Reference(*map(torch.stack, zip(*found)))
-    parts = {name: self(outputs, name) for name in ("divergence", "std")}
+    parts = self.all_of(outputs, ("divergence", "std"))
     self.spread = {name: (part.mean(), part.std()) for name, part in parts.items()}
     return self
 
@@ -387,14 +387,19 @@ def compare(self: GPScores, outputs: Outputs) -> GPScores: # Itself
 SCORES: dict[str, Callable] = Registry("score") # Name → function of GPScores, what is said, logits [N], classes [N]
 
 @patch
-def __call__(self: GPScores,
+def all_of(self: GPScores,
     outputs: Outputs, # Of N images
-    score: str = "divergence", # A name of `SCORES`
-) -> Tensor: # float64 [N], higher = more OOD
+    names: Iterable[str], # Of `SCORES`
+) -> dict[str, Tensor]: # Name → float64 [N], higher = more OOD
     "Scores of images by the process of the class that the network predicts."
     classes = outputs.logits.argmax(1)
     said = self.processes(outputs.features, classes)
-    return SCORES[score](self, said, outputs.logits.double().amax(1), classes)
+    return {name: SCORES[name](self, said, outputs.logits.double().amax(1), classes) for name in names}
+
+@patch
+def __call__(self: GPScores, outputs: Outputs, score: str = "divergence") -> Tensor: # float64 [N]
+    "One score of images, see `all_of`."
+    return self.all_of(outputs, [score])[score]
 
 # %% ../../nbs/neighbours/05_gaussian_process.ipynb #19beccde
 @patch
@@ -585,8 +590,7 @@ CANDIDATES = { # Settings to choose from
     "128 axes": Settings(rank=128),
     "all features": Settings(rank=None),
     "all features, nugget 1e-4": Settings(rank=None, nugget=1e-4),
-    "all features, nugget 1e-2": Settings(rank=None, nugget=1e-2),
-    "all features, 500 a class": Settings(rank=None, per_class=500)}
+    "all features, nugget 1e-2": Settings(rank=None, nugget=1e-2)}
 
 VARIANTS = { # Name of rows → settings, score, reference
     "gp": (Settings(), "divergence", "predicted"),
@@ -649,12 +653,11 @@ class _Timed:
 # %% ../../nbs/neighbours/05_gaussian_process.ipynb #0e425bfa
 def _choice_rows(trained: _Trained, name: str) -> Iterable[dict]:
     "What one candidate does on held-out ID images and the synthetic families."
-    timed = _Timed(trained, CANDIDATES[name], "predicted")
-    for score in ("divergence", "std", "combined"):
-        known = timed(timed.left, score)
-        for family in SYNTHETIC:
-            found = timed(trained.outputs(family), score)
-            yield dict(score=score, set=family, **_metrics(known, found), fit_seconds=round(timed.fit_seconds, 2))
+    timed, names = _Timed(trained, CANDIDATES[name], "predicted"), ("divergence", "std", "combined")
+    known = timed.scores.all_of(timed.left, names)
+    for family in SYNTHETIC:
+        found = timed.scores.all_of(trained.outputs(family), names)
+        for score in names: yield dict(score=score, set=family, **_metrics(known[score], found[score]))
 
 def _metrics(known: Tensor, unknown: Tensor) -> dict:
     metrics = ood_metrics(known, unknown)
