@@ -93,7 +93,7 @@ class GaussianProcess:
 
     def __init__(self,
         separable: bool = True, # One θ for each direction; False: one for all
-        nugget: float = 1e-3, # Variance of the noise, as a share of the process's own
+        nugget: float = 1e-4, # Variance of the noise, as a share of the process's own
         learn_nugget: bool = False, # Whether the nugget is learnt, beginning there
         centred: bool = True, # Whether the process varies about the mean of the targets; False: about 0
         bounds: tuple[float, float] = (1e-4, 1e8), # Of θ
@@ -238,7 +238,7 @@ class Settings:
     rank: int | None = 32 # Principal axes of the features; None: all features
     per_class: int = 1000 # Training images of a class, at most
     separable: bool = False # One θ for each axis; False: one for all
-    nugget: float = 1e-3
+    nugget: float = 1e-4
     centred: bool = True # See `GaussianProcess`
     bounds: tuple[float, float] = (1e-4, 1e8) # Of θ
     learn_from: int = 200 # Images of a class by which θ is learnt
@@ -589,7 +589,7 @@ CANDIDATES = { # Settings to choose from
     "32 axes": Settings(),
     "128 axes": Settings(rank=128),
     "all features": Settings(rank=None),
-    "all features, nugget 1e-4": Settings(rank=None, nugget=1e-4),
+    "all features, nugget 1e-3": Settings(rank=None, nugget=1e-3),
     "all features, nugget 1e-2": Settings(rank=None, nugget=1e-2)}
 
 VARIANTS = { # Name of rows → settings, score, reference
