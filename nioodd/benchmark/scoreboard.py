@@ -42,7 +42,8 @@ from ..core.models import NETWORKS
 from ..core.options import check_shard
 from ..core.registry import Registry, patch
 from ..inversion.outliers import FAMILIES, outliers
-from ..posthoc.baselines import BASELINES, FitData, ensemble_score
+from ..neighbours.gaussian_process import GP_BASELINES
+from ..posthoc.baselines import BASELINES, Baseline, FitData, ensemble_score
 from ..posthoc.layerwise import LayerwiseDetector, whole_sum
 from ..posthoc.outputs import Outputs, fingerprint, kept_outputs, network_fingerprint
 from ..trust.detector import TrustIntervalDetector, TrustOptions, fit_problem
@@ -233,15 +234,15 @@ def _ensemble(network: TrainedNetwork) -> ScoresOf:
     return scores
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #b8d8a056
-def _from_baseline(name: str) -> None:
-    @DETECTORS.register(name)
+def _from_baseline(baseline: Baseline) -> None:
+    @DETECTORS.register(baseline.name)
     def create(network: TrainedNetwork) -> ScoresOf:
-        score = BASELINES[name].make(network.fit_data)
-        inputs = network.outputs if BASELINES[name].needs == "outputs" else network.images
+        score = baseline.make(network.fit_data)
+        inputs = network.outputs if baseline.needs == "outputs" else network.images
         def scores(of: str) -> Tensor: return score(inputs(of))
         return scores
 
-for _name in BASELINES: _from_baseline(_name)
+for _baseline in (*BASELINES.values(), *GP_BASELINES.values()): _from_baseline(_baseline)
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #3316f0d5
 class Cell(NamedTuple):
