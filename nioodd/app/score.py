@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'MOST_AT_ONCE', 'Row', 'FILES', 'image_paths', 'parts_of', 'in_shard', 'Judge', 'judged', 'plain_cell',
            'table_lines', 'Printed', 'TextFile', 'as_unicode', 'ParquetFolder', 'Scored', 'Options', 'score_paths',
-           'score_files']
+           'score_files', 'BatchJudge']
 
 # %% ../../nbs/app/02_score.ipynb #d96e4a16
 import csv
@@ -13,7 +13,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import StringIO
@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 
 # %% ../../nbs/app/02_score.ipynb #0163d3d5
+import numpy as np
+import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% ../../nbs/app/02_score.ipynb #82888a7c
 from .. import __version__
+from ..core.detector import Detector
 from ..core.errors import NiooddError, printable
 from ..core.files import parse_json, read_json, write_atomic, write_json
 from ..core.images import MOST_PIXELS, Preparation, is_visible, read_ahead, stacked
@@ -428,3 +431,26 @@ def _judge_all(judge: Judge, parts: list, outputs: list, known: set[str], done: 
     finally:
         for output in outputs: output.close()
     return done
+
+# %% ../../nbs/app/02_score.ipynb #dc2a66be
+class BatchJudge:
+    """Judges batches of files, as `map_batches` of Ray Data wants it: `BatchJudge("detector")({"file": [...]})`.
+
+    It gives columns: those of `nioodd score`, and `error`, which is empty where there is a verdict."""
+    def __init__(self,
+        folder: str | os.PathLike, # Of a saved detector
+        model: nn.Module | None = None, # A network of one's own, see `Detector.load`
+    ):
+        self.judge = Detector.load(folder, model=model)
+        shape = self.judge.preparation.channels, *[self.judge.preparation.size] * 2
+        black, = _rows(self.judge, [Path()], [torch.zeros(shape, dtype=torch.uint8)])
+        self.unknown = {name: "" if isinstance(value, str) else math.nan for name, value in black.items()}
+        self.unknown["ood"] = True # As everywhere: what has no score is not known
+
+    def __call__(self, batch: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]: # Columns
+        paths = [Path(str(path)) for path in batch["file"]]
+        (rows, errors), = judged(self.judge, [paths])
+        found = {row["file"]: row | dict(error="") for row in rows}
+        why = {str(path): next((str(e) for e in errors if str(e).startswith(str(path))), "") for path in paths}
+        all_rows = [found.get(name) or self.unknown | dict(file=name, error=why[name]) for name in map(str, paths)]
+        return {name: np.array([row[name] for row in all_rows]) for name in all_rows[0]}

@@ -11,7 +11,7 @@ from small_networks import small_classifier, small_images
 
 from nioodd.app import score
 from nioodd.app.cli import main
-from nioodd.app.score import Options, ParquetFolder, Printed, image_paths, in_shard, parts_of, score_files
+from nioodd.app.score import BatchJudge, Options, ParquetFolder, Printed, image_paths, in_shard, parts_of, score_files
 from nioodd.core.errors import NiooddError
 from nioodd.inversion.detector import GarbageDetector
 from nioodd.posthoc.layerwise import LayerwiseDetector
@@ -299,3 +299,18 @@ def test_names_that_are_no_text_in_parquet(detector, place, monkeypatch):
     assert (done.before, done.judged) == (30, 0) and r"caf\udce9.png" in names
     next((place / "a.parquet").glob("*.parquet")).write_bytes(b"damaged")
     refused(score_files, detector, ["."], out=place / "a.parquet", says="was changed")
+
+
+def test_batches_of_somebody_else_give_the_rows_of_a_batch_job(detector, place):
+    detector.save(place/"detector")
+    score_files(detector, [place/"files"], out=place/"rows.jsonl")
+    expected = {row["file"]: row for row in rows_of(place/"rows.jsonl")}
+    paths, judge = [*map(str, image_paths([place/"files"]))], BatchJudge(place/"detector")
+    bad = str(place/"files/b/99.png")
+    columns = [judge({"file": some}) for some in (paths[:25], paths[25:], [bad, paths[0], paths[0]], [bad])]
+    assert all({*c} == {*expected[paths[0]], "error"} for c in columns)
+    for c in columns:
+        for i, file in enumerate(c["file"]):
+            if file == bad: assert "99.png" in c["error"][i] and c["ood"][i] and str(c["score"][i]) == "nan"
+            else: assert {k: v[i].item() for k, v in c.items()} == pytest.approx(expected[file] | {"error": ""}, 1e-4)
+    assert [len(c["file"]) for c in columns] == [25, len(paths) - 25, 3, 1]
