@@ -571,9 +571,8 @@ def proof(self: SolverProcess) -> list[list[int]]:
     return [[int(x) for x in line.split()[:-1]] for line in lines if line and not line.startswith("d")]
 
 # %% ../../nbs/neighbours/03_sat.ipynb #b3a83168
-def _contradicts(clauses: list[list[int]], where: dict[int, list[int]], assumed: list[int]) -> bool:
-    "Whether unit propagation from `assumed` leads to a contradiction."
-    true, waiting = set(), list(assumed)
+def _contradicts(clauses: list[list[int]], where: dict[int, list[int]], true: set[int], waiting: list[int]) -> bool:
+    "Unit propagation of `waiting`; what follows goes into `true`. Whether there is a contradiction."
     while waiting:
         x = waiting.pop()
         if -x in true: return True
@@ -583,7 +582,7 @@ def _contradicts(clauses: list[list[int]], where: dict[int, list[int]], assumed:
             if not true.isdisjoint(clauses[i]): continue
             left = [y for y in clauses[i] if -y not in true]
             if not left: return True
-            if len(left) == 1: waiting.append(left[0])
+            if len(left) == 1: waiting += left
     return False
 
 # %% ../../nbs/neighbours/03_sat.ipynb #b72e80d8
@@ -592,19 +591,19 @@ def check_proof(
     proof: list[list[int]], # Of a `Certificate`
 ) -> bool: # Whether each clause follows by unit propagation from the earlier ones, up to the empty one
     "Checks a proof that `clauses` cannot hold (DRUP, Heule et al. 2013). Slow: for small proofs."
-    known, where, units = [], defaultdict(list), []
+    known, where, fixed = [], defaultdict(list), set()
 
-    def learn(clause):
-        for x in set(clause): where[x].append(len(known))
+    def learn(clause): # Whether it ends in a contradiction
+        for x in clause: where[x].append(len(known))
         known.append(clause)
-        if len(set(clause)) == 1: units.append(clause[0])
+        left = [x for x in clause if -x not in fixed]
+        return len(left) < 2 and (not left or _contradicts(known, where, fixed, left))
 
-    for clause in _as_lists(clauses): learn(clause)
+    if any(learn(clause) for clause in _as_lists(clauses)): return True
     for clause in proof:
-        if not _contradicts(known, where, units + [-x for x in clause]): return False
-        if not clause: return True
-        learn(clause)
-    return _contradicts(known, where, units)
+        if not _contradicts(known, where, set(fixed), [-x for x in clause]): return False
+        if learn(clause): return True
+    return False
 
 def _as_lists(clauses: Clauses) -> list[list[int]]:
     found = [[]]
