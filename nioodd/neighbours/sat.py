@@ -638,11 +638,11 @@ def exact_loop(
 ): # Yields a `Round` after each one
     "Training, inversion by a solver, exclusion. Needs python-sat."
     n_classes = int(labels.max()) + 1
-    with seeded(seed):
-        network = BinaryMLP((bits.shape[1], sizes[0], n_classes + 1), sizes[1])
-        garbage = _shuffled(bits[torch.randperm(len(bits))[:len(bits) // 10]])
+    with seeded(seed): network = BinaryMLP((bits.shape[1], sizes[0], n_classes + 1), sizes[1])
+    garbage = bits[:0]
     for i in range(rounds):
-        images, answers = _with_garbage(bits, labels, garbage, n_classes)
+        with seeded(seed + i): noise = _shuffled(bits[torch.randperm(len(bits))[:len(bits) // 10]])
+        images, answers = _with_garbage(bits, labels, noise, garbage, n_classes)
         exact = train_binarised(network, images, answers, epochs, seed=seed + i).integers()
         found = [invert_sat(exact, k, priors=priors, **question) for k in range(n_classes)]
         yield Round(exact, found, len(garbage))
@@ -653,12 +653,11 @@ def _shuffled(bits: Tensor) -> Tensor: # bool [N, bits]
     "Each image with its pixels in an order of its own, from torch's global generator."
     return bits.gather(1, torch.rand(bits.shape).argsort(1))
 
-def _with_garbage(bits: Tensor, labels: Tensor, garbage: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
-    "Known images and garbage; the newest garbage is repeated, so that there are half as many as known ones."
-    recent = garbage[-len(bits) // 10:]
-    more = recent.repeat(max(1, len(bits) // (2 * len(recent))), 1)
-    answers = torch.cat([labels, labels.new_full((len(more),), n_classes)])
-    return torch.cat([bits, more]), answers
+def _with_garbage(bits: Tensor, labels: Tensor, noise: Tensor, garbage: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    "Known images, noise, and inverted images, repeated until they are a quarter as many as the known ones."
+    more = garbage.repeat(len(bits) // (4 * len(garbage)) + 1, 1) if len(garbage) else garbage
+    more = torch.cat([noise, more])
+    return torch.cat([bits, more]), torch.cat([labels, labels.new_full((len(more),), n)])
 
 # %% ../../nbs/neighbours/03_sat.ipynb #7799a441
 def binary_detectors(
