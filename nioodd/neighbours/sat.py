@@ -667,6 +667,7 @@ def binary_detectors(
     seed: int = 0,
 ) -> dict: # By name: detectors whose thresholds reject 5 % of held-out digits
     "An ordinary network trained on bits, with the detectors `energy` and `layerwise`."
+    bits, labels = _without_copies(bits, labels)
     images, n = as_images(bits), len(bits) * 4 // 5
     with seeded(seed):
         network = Classifier(int(labels.max()) + 1, size=images.shape[2])
@@ -674,6 +675,15 @@ def binary_detectors(
         for _ in range(epochs): train_epoch(network, images[:n], labels[:n], optimiser)
     energy = ScoreDetector(network.eval(), "energy").fit(held_out=images[n:])
     return dict(energy=energy, layerwise=LayerwiseDetector(network).fit(images[:n], images[n:], n=5000))
+
+# %% ../../nbs/neighbours/03_sat.ipynb #9cd3ee02
+def _without_copies(bits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    "Each image once, in the order of the first ones: no held-out image may be among the training images."
+    _, which = bits.unique(dim=0, return_inverse=True)
+    n = torch.arange(len(bits))
+    first = torch.full((len(bits),), len(bits)).scatter_reduce_(0, which, n, "amin")
+    keep = first[first < len(bits)].sort().values
+    return bits[keep], labels[keep]
 
 # %% ../../nbs/neighbours/03_sat.ipynb #1ee53c57
 def accepted(
