@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['UNIT', 'binarise', 'as_images', 'sign', 'BinaryLinear', 'BinaryMLP', 'train_binarised', 'IntegerNetwork']
 
-# %% ../../nbs/neighbours/02_binarised.ipynb #c1333a49
+# %% ../../nbs/neighbours/02_binarised.ipynb #87677afb
 import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+# %% ../../nbs/neighbours/02_binarised.ipynb #5cd232bf
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import trange
 
+# %% ../../nbs/neighbours/02_binarised.ipynb #c1333a49
 from ..core.errors import NiooddError
 from ..core.files import load_tensors, save_tensors
 from ..core.registry import patch
@@ -46,7 +48,7 @@ def as_images(
         raise NiooddError(f"{bits.shape[-1]} bits are no square picture; expected a square number, as 196")
     return bits.view(-1, 1, side, side).to(torch.uint8) * 255
 
-# %% ../../nbs/neighbours/02_binarised.ipynb #f655c1a9
+# %% ../../nbs/neighbours/02_binarised.ipynb #f77743fa
 class _Sign(torch.autograd.Function):
     "The sign, with the gradient of the identity between −1 and 1 (Hubara et al. 2016, eq. 4)."
 
@@ -60,6 +62,7 @@ class _Sign(torch.autograd.Function):
         x, = context.saved_tensors
         return gradient * (x.abs() <= 1)
 
+# %% ../../nbs/neighbours/02_binarised.ipynb #f655c1a9
 def sign(x: Tensor) -> Tensor: return _Sign.apply(x) # float32, −1 or 1
 
 # %% ../../nbs/neighbours/02_binarised.ipynb #280ce47a
@@ -107,7 +110,7 @@ class BinaryMLP(nn.Module):
         h = sign(self.norm(self.hidden(bits.float() * 2 - 1)))
         return (self.output(h) + self.offset) / self.log_temperature.exp()
 
-# %% ../../nbs/neighbours/02_binarised.ipynb #5721250a
+# %% ../../nbs/neighbours/02_binarised.ipynb #81de0a6d
 def _checked_sizes(sizes, fan_in: int | None) -> tuple[int, int, int]:
     sizes = tuple(sizes)
     if len(sizes) != 3 or min(sizes) < 1 or sizes[2] < 2:
@@ -117,6 +120,7 @@ def _checked_sizes(sizes, fan_in: int | None) -> tuple[int, int, int]:
         raise NiooddError(f"fan_in is {fan_in}; expected 1 to {sizes[0]}, the number of bits; None means all")
     return sizes
 
+# %% ../../nbs/neighbours/02_binarised.ipynb #5721250a
 def _check_bits(bits: Tensor, n: int) -> None:
     if bits.ndim == 2 and bits.shape[1] == n and bits.dtype == torch.bool: return
     raise NiooddError(f"got {str(bits.dtype).removeprefix('torch.')} {list(bits.shape)}; this network takes bool "
@@ -160,8 +164,8 @@ def _check_labels(network: BinaryMLP, bits: Tensor, labels: Tensor) -> None:
     _check_bits(bits, network.sizes[0])
     n = network.sizes[2]
     if len(labels) != len(bits) or len(bits) < 2 or labels.min() < 0 or labels.max() >= n:
-        raise NiooddError(f"{len(labels)} labels for {len(bits)} images do not fit a network with {n} outputs; expected "
-                          f"at least two images and a label from 0 to {n - 1} for each; give sizes that fit the data")
+        raise NiooddError(f"{len(labels)} labels for {len(bits)} images do not fit a network with {n} outputs; "
+                          f"expected at least two images and a label from 0 to {n - 1} for each; give sizes that fit the data")
 
 # %% ../../nbs/neighbours/02_binarised.ipynb #6bbaaf7f
 UNIT = 2**16 # An offset of 1 in whole numbers
@@ -193,12 +197,13 @@ class IntegerNetwork:
         "The class with the highest score, the first one of equals."
         return self.scores(bits).argmax(1)
 
-# %% ../../nbs/neighbours/02_binarised.ipynb #bffc68ac
+# %% ../../nbs/neighbours/02_binarised.ipynb #e52efb5f
 def _matches(weights: Tensor, bits: Tensor) -> Tensor: # int8 [H, D], bool [N, D] → int64 [N, H]
     "How many inputs are as the weight says; sums of up to 2²⁴ are exact in float32."
     weights = weights.float()
     return ((bits.float() * 2 - 1) @ weights.T + weights.abs().sum(1)).long() // 2
 
+# %% ../../nbs/neighbours/02_binarised.ipynb #bffc68ac
 def _check_integers(network: IntegerNetwork) -> None:
     w, t, v, c = network.weights, network.thresholds, network.output, network.offsets
     fits = w.ndim == v.ndim == 2 and t.shape == w.shape[:1] == v.shape[1:] and c.shape == v.shape[:1]
@@ -225,13 +230,14 @@ def integers(self: BinaryMLP) -> IntegerNetwork:
     weights = (weight * flip[:, None]).to(torch.int8)
     return IntegerNetwork(weights, thresholds, self.output.weight().round().to(torch.int8), offsets)
 
-# %% ../../nbs/neighbours/02_binarised.ipynb #741406ab
+# %% ../../nbs/neighbours/02_binarised.ipynb #aceea9d9
 @patch
 def save(self: IntegerNetwork, path: str | os.PathLike) -> Path:
     "Write the network to a `.safetensors` file."
     parts = dict(weights=self.weights, thresholds=self.thresholds, output=self.output, offsets=self.offsets)
     return save_tensors(path, parts, dict(kind="binarised", unit=UNIT))
 
+# %% ../../nbs/neighbours/02_binarised.ipynb #741406ab
 @patch(classmethod)
 def load(cls: type[IntegerNetwork], path: str | os.PathLike) -> IntegerNetwork:
     "Read a file of `save`. Raises `NiooddError` if it is missing, damaged or another kind."

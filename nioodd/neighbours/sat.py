@@ -7,7 +7,7 @@ __all__ = ['TRUE', 'ENCODINGS', 'SOLVERS', 'PARTS', 'has_solver', 'Clauses', 'co
            'infer', 'Priors', 'neighbours', 'priors_of', 'SatImages', 'invert_sat', 'Certificate', 'certify',
            'check_proof', 'Round', 'exact_loop', 'binary_detectors', 'accepted', 'bench_sat']
 
-# %% ../../nbs/neighbours/03_sat.ipynb #95ea8151
+# %% ../../nbs/neighbours/03_sat.ipynb #27bc72ea
 import inspect
 import os
 import subprocess
@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
 
+# %% ../../nbs/neighbours/03_sat.ipynb #56e80697
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+# %% ../../nbs/neighbours/03_sat.ipynb #95ea8151
 from ..core.datasets import load
 from ..core.errors import NiooddError, unknown
 from ..core.files import provenance, read_json, write_atomic, write_json
@@ -36,22 +38,24 @@ from .binarised import UNIT, BinaryMLP, IntegerNetwork, as_images, binarise, tra
 from ..posthoc.layerwise import LayerwiseDetector
 from ..posthoc.score_detector import ScoreDetector
 
-# %% ../../nbs/neighbours/03_sat.ipynb #7cdf1e3b
+# %% ../../nbs/neighbours/03_sat.ipynb #dcb142ad
 def has_solver() -> bool:
     "Whether python-sat is installed."
-    try: import pysat.solvers # noqa: F401
+    try: import pysat.solvers # noqa: F401, I001
     except ImportError: return False
     return True
 
+# %% ../../nbs/neighbours/03_sat.ipynb #7cdf1e3b
 def _check_solver() -> None:
     "Raise `NiooddError` unless python-sat is installed."
     if not has_solver():
         raise NiooddError("python-sat is not installed; expected it for questions to a solver; "
                           "install it with: pip install 'nioodd[sat]'")
 
-# %% ../../nbs/neighbours/03_sat.ipynb #5f62bb8a
+# %% ../../nbs/neighbours/03_sat.ipynb #3161359c
 TRUE = 1 # The literal that always holds
 
+# %% ../../nbs/neighbours/03_sat.ipynb #5f62bb8a
 class Clauses:
     "A formula in conjunctive normal form, and how to add to it."
     def __init__(self):
@@ -70,7 +74,7 @@ class Clauses:
         self.numbers.append(0)
         self.n_clauses += 1
 
-# %% ../../nbs/neighbours/03_sat.ipynb #3a99fdce
+# %% ../../nbs/neighbours/03_sat.ipynb #bfb3d609
 @patch
 def both(self: Clauses, x: int, y: int) -> int:
     "A literal that holds if and only if x and y do."
@@ -80,6 +84,7 @@ def both(self: Clauses, x: int, y: int) -> int:
     for clause in ((-z, x), (-z, y), (z, -x, -y)): self.add(*clause)
     return z
 
+# %% ../../nbs/neighbours/03_sat.ipynb #3a99fdce
 @patch
 def either(self: Clauses, x: int, y: int) -> int:
     "A literal that holds if and only if x or y does."
@@ -145,14 +150,16 @@ def _binary_sum(clauses: Clauses, literals: Sequence[int]) -> list[int]: # Bits,
         i += 1
     return [column[0] for column in columns]
 
-# %% ../../nbs/neighbours/03_sat.ipynb #0859f41f
+# %% ../../nbs/neighbours/03_sat.ipynb #11a28435
 ENCODINGS = Registry("encoding") # Name → function (clauses, literals, t) → literal, for 1 ≤ t ≤ len(literals)
 
+# %% ../../nbs/neighbours/03_sat.ipynb #818d3321
 @ENCODINGS.register()
 def counter(clauses: Clauses, literals: Sequence[int], t: int) -> int:
     "Large, and it propagates fully."
     return _counts(clauses, literals, t, t)[0]
 
+# %% ../../nbs/neighbours/03_sat.ipynb #0859f41f
 @ENCODINGS.register()
 def adder(clauses: Clauses, literals: Sequence[int], t: int) -> int:
     "Small, and it propagates weakly."
@@ -162,7 +169,7 @@ def adder(clauses: Clauses, literals: Sequence[int], t: int) -> int:
         reached = join(bit, reached)
     return reached
 
-# %% ../../nbs/neighbours/03_sat.ipynb #68ef1e58
+# %% ../../nbs/neighbours/03_sat.ipynb #240bf986
 @patch
 def at_least(self: Clauses,
     literals: Sequence[int],
@@ -178,6 +185,7 @@ def at_least(self: Clauses,
     if n - t + 1 < t: return -encode(self, [-x for x in open_ones], n - t + 1)
     return encode(self, open_ones, t)
 
+# %% ../../nbs/neighbours/03_sat.ipynb #68ef1e58
 @patch
 def at_most(self: Clauses, literals: Sequence[int], t: int, encoding: str = "counter") -> int:
     "As `at_least`: at most t hold."
@@ -212,9 +220,10 @@ def _serve() -> None:
             write(b"sat" if found else b"unsat", model.tobytes(), time.process_time() - start)
         else: write(b"proof", "\n".join(solver.get_proof() or []).encode())
 
-# %% ../../nbs/neighbours/03_sat.ipynb #bfde4df5
+# %% ../../nbs/neighbours/03_sat.ipynb #5024e753
 SOLVERS = ("cadical195", "glucose4", "cadical153", "minisat22") # Of python-sat; others will do too
 
+# %% ../../nbs/neighbours/03_sat.ipynb #bfde4df5
 class SolverProcess:
     "A SAT solver in a child process; a context manager. Raises `NiooddError` without python-sat."
 
@@ -276,8 +285,8 @@ class Formula(Clauses):
     ):
         super().__init__()
         if not isinstance(network, IntegerNetwork):
-            raise NiooddError(f"a {type(network).__name__} cannot be written as a formula; expected an IntegerNetwork, "
-                              "whose weights are −1, 0 and 1; train a BinaryMLP and call integers()")
+            raise NiooddError(f"a {type(network).__name__} cannot be written as a formula; "
+                              "expected an IntegerNetwork, whose weights are −1, 0 and 1; train a BinaryMLP and call integers()")
         fan_in = network.weights.abs().sum(1).max().item()
         self.network, self.encoding = network, encoding or ("counter" if fan_in <= 64 else "adder")
         self.bits = [self.new() for _ in range(network.weights.shape[1])] # A variable for each bit
@@ -309,7 +318,8 @@ def wins(self: Formula, k: int) -> list[int]:
     "Literals that all hold if and only if the network says class k."
     n = len(self.network.offsets)
     if k not in range(n):
-        raise NiooddError(f"there is no class {k}; expected 0 to {n - 1}, the outputs of this network; give another one")
+        raise NiooddError(f"there is no class {k}; expected 0 to {n - 1}, the outputs of this network; "
+                          "give another one")
     return [self.beats(k, l) for l in range(n) if l != k]
 
 # %% ../../nbs/neighbours/03_sat.ipynb #d3beb273
@@ -457,7 +467,7 @@ def invert_sat(
     _check_found(network, bits, label)
     return SatImages(label, bits, status, seconds, (formula.n_variables, formula.n_clauses))
 
-# %% ../../nbs/neighbours/03_sat.ipynb #fd73981a
+# %% ../../nbs/neighbours/03_sat.ipynb #8279c675
 def _check_request(n: int, apart: int, n_bits: int, time_limit: float | None) -> None:
     if n < 1 or not 1 <= apart <= n_bits:
         raise NiooddError(f"n is {n} and apart is {apart}; expected at least one image, and a distance from 1 to "
@@ -465,6 +475,7 @@ def _check_request(n: int, apart: int, n_bits: int, time_limit: float | None) ->
     if time_limit is not None and not time_limit > 0:
         raise NiooddError(f"time_limit is {time_limit}; expected seconds above 0; None means for ever")
 
+# %% ../../nbs/neighbours/03_sat.ipynb #fd73981a
 def _check_found(network: IntegerNetwork, bits: Tensor, label: int) -> None:
     "Raise `NiooddError` if the network says something else: then the formula is wrong."
     if (network.predict(bits) == label).all(): return
@@ -568,7 +579,8 @@ def proof(self: SolverProcess) -> list[list[int]]:
     "The clauses that the solver learnt on its way to \"unsat\"; deletions are left out."
     self._send("proof", array("i"))
     lines = self.reader.submit(self._answer).result()[1].decode().split("\n")
-    return [[int(x) for x in line.split()[:-1]] for line in lines if line and not line.startswith("d")]
+    kept = [line.split()[:-1] for line in lines if line and not line.startswith("d")] # Without the 0
+    return [list(map(int, words)) for words in kept]
 
 # %% ../../nbs/neighbours/03_sat.ipynb #b3a83168
 def _contradicts(clauses: list[list[int]], where: dict[int, list[int]], true: set[int], waiting: list[int]) -> bool:
@@ -648,11 +660,12 @@ def exact_loop(
         yield Round(exact, found, len(garbage))
         garbage = torch.cat([garbage, *(r.bits for r in found)])
 
-# %% ../../nbs/neighbours/03_sat.ipynb #cdf46c59
+# %% ../../nbs/neighbours/03_sat.ipynb #cd749705
 def _shuffled(bits: Tensor) -> Tensor: # bool [N, bits]
     "Each image with its pixels in an order of its own, from torch's global generator."
     return bits.gather(1, torch.rand(bits.shape).argsort(1))
 
+# %% ../../nbs/neighbours/03_sat.ipynb #cdf46c59
 def _with_garbage(bits: Tensor, labels: Tensor, noise: Tensor, garbage: Tensor, n: int) -> tuple[Tensor, Tensor]:
     "Known images, noise, and inverted images, repeated until they are a quarter as many as the known ones."
     more = garbage.repeat(len(bits) // (4 * len(garbage)) + 1, 1) if len(garbage) else garbage
@@ -697,12 +710,13 @@ def accepted(
     shares = {name: (~detector.is_ood(images)).double().mean().item() for name, detector in detectors.items()}
     return shares | dict(agrees=(logits.argmax(1) == labels).double().mean().item())
 
-# %% ../../nbs/neighbours/03_sat.ipynb #acd7439c
+# %% ../../nbs/neighbours/03_sat.ipynb #186c55fd
 def _digits(split: str, side: int) -> tuple[Tensor, Tensor]: # bool [N, side²], int64 [N]
     "MNIST as bits, and its labels."
     digits = load("mnist", split)
     return binarise(digits.images, side), digits.labels
 
+# %% ../../nbs/neighbours/03_sat.ipynb #acd7439c
 def _trained(side: int, hidden: int, fan_in: int | None, seed: int) -> tuple[IntegerNetwork, dict]:
     "A network for MNIST, and how well it does on the test digits."
     start = time.process_time()
@@ -713,25 +727,28 @@ def _trained(side: int, hidden: int, fan_in: int | None, seed: int) -> tuple[Int
     answers = exact.predict(bits)
     with torch.no_grad(): same = (network(bits).argmax(1) == answers).double().mean().item()
     right = (answers == labels).double().mean().item()
-    return exact, dict(side=side, hidden=hidden, fan_in=fan_in, accuracy=right, float_agrees=same, train_seconds=seconds)
+    about = dict(side=side, hidden=hidden, fan_in=fan_in, accuracy=right, float_agrees=same)
+    return exact, about | dict(train_seconds=seconds)
 
-# %% ../../nbs/neighbours/03_sat.ipynb #9ee1612b
+# %% ../../nbs/neighbours/03_sat.ipynb #441f37db
 def _kept(network: IntegerNetwork, about: dict, file: Path) -> None:
     network.save(file)
     write_json(file.with_suffix(".json"), about)
 
+# %% ../../nbs/neighbours/03_sat.ipynb #9ee1612b
 def _network(work: Path, side: int, hidden: int, fan_in: int | None, seed: int) -> tuple[IntegerNetwork, dict]:
     "A trained network, from a file if it is there."
     file = work / f"{side}-{hidden}-{fan_in}-{seed}.safetensors"
     if not file.with_suffix(".json").is_file(): _kept(*_trained(side, hidden, fan_in, seed), file)
     return IntegerNetwork.load(file), read_json(file.with_suffix(".json"), {"type": "object"})
 
-# %% ../../nbs/neighbours/03_sat.ipynb #6b60af1d
+# %% ../../nbs/neighbours/03_sat.ipynb #ad1abc45
 def _asked(result: SatImages) -> dict: # For JSON
     "How an inversion ended."
     return dict(label=result.label, status=result.status, found=len(result.bits), seconds=result.seconds,
                 variables=result.size[0], clauses=result.size[1])
 
+# %% ../../nbs/neighbours/03_sat.ipynb #6a90cb86
 def _sparse(work: Path, seed: int, limit: float) -> dict:
     "Accuracy, and inversions of every class: plain, and like digits."
     network, about = _network(work, 14, 200, 16, seed)
@@ -740,6 +757,7 @@ def _sparse(work: Path, seed: int, limit: float) -> dict:
     like = [_asked(invert_sat(network, k, priors=priors, time_limit=limit)) for k in range(10)]
     return about | dict(ink=priors.ink, smooth=priors.smooth, plain=plain, like_digits=like)
 
+# %% ../../nbs/neighbours/03_sat.ipynb #6b60af1d
 def _apart(work: Path, seed: int, limit: float) -> dict:
     "Twenty images of three classes, 60 pixels apart."
     network, _ = _network(work, 14, 200, 16, seed)
@@ -804,7 +822,7 @@ def _accepted(work: Path, seed: int, limit: float) -> dict:
     rows = [dict(set=name, images=len(x)) | accepted(detectors, x, y) for name, (x, y) in sets.items() if len(x)]
     return dict(false_alarms=.05, rows=rows)
 
-# %% ../../nbs/neighbours/03_sat.ipynb #4bf94dca
+# %% ../../nbs/neighbours/03_sat.ipynb #8080f8eb
 def _inverted_sets(network: IntegerNetwork, priors: Priors, test: Tensor, answers: Tensor, limit: float) -> dict:
     "By name: inverted images and the classes they were asked for."
     plain = [invert_sat(network, k, 4, 60, time_limit=limit, solver="glucose4") for k in range(10)]
@@ -814,11 +832,14 @@ def _inverted_sets(network: IntegerNetwork, priors: Priors, test: Tensor, answer
         wanted = (int(answers[i]) + 1 + i % 9) % 10
         near.append(invert_sat(network, wanted, priors=Priors(near=(test[i], 4)), time_limit=limit))
     named = {"inverted": plain, "inverted, like digits": like, "inverted, within 4 pixels of a digit": near}
-    return {name: (torch.cat([r.bits for r in results]), _labels_of(results)) for name, results in named.items()}
+    return {name: _joined(results) for name, results in named.items()}
 
-def _labels_of(results: list[SatImages]) -> Tensor: # int64 [images]
-    return torch.cat([torch.full((len(r.bits),), r.label) for r in results])
+# %% ../../nbs/neighbours/03_sat.ipynb #17473346
+def _joined(results: list[SatImages]) -> tuple[Tensor, Tensor]: # bool [images, bits], int64 [images]
+    labels = [torch.full((len(r.bits),), r.label) for r in results]
+    return torch.cat([r.bits for r in results]), torch.cat(labels)
 
+# %% ../../nbs/neighbours/03_sat.ipynb #4bf94dca
 def _loop(work: Path, seed: int, limit: float) -> dict:
     "Eight rounds of `exact_loop` on 10,000 digits."
     bits, labels = _digits("train", 14)
@@ -831,10 +852,11 @@ def _loop(work: Path, seed: int, limit: float) -> dict:
                          rejected=(said == 10).double().mean().item(), answers=[_asked(f) for f in r.found]))
     return dict(question=question, rounds=rows)
 
-# %% ../../nbs/neighbours/03_sat.ipynb #18b242d2
+# %% ../../nbs/neighbours/03_sat.ipynb #a38dad5c
 PARTS = dict(sparse=_sparse, apart=_apart, certificates=_certificates, accepted=_accepted, loop=_loop,
              inference=_inference, brute_force=_brute_force, encodings=_encodings)
 
+# %% ../../nbs/neighbours/03_sat.ipynb #18b242d2
 def bench_sat(
     out: str | os.PathLike, # JSON file; rows that are in it are kept
     *,
