@@ -165,7 +165,7 @@ def _check_labels(network: BinaryMLP, bits: Tensor, labels: Tensor) -> None:
     n = network.sizes[2]
     if len(labels) != len(bits) or len(bits) < 2 or labels.min() < 0 or labels.max() >= n:
         raise NiooddError(f"{len(labels)} labels for {len(bits)} images do not fit a network with {n} outputs; "
-                          f"expected at least two images and a label from 0 to {n - 1} for each; give sizes that fit the data")
+                          f"expected at least two images, and labels from 0 to {n - 1}; give sizes that fit the data")
 
 # %% ../../nbs/neighbours/02_binarised.ipynb #6bbaaf7f
 UNIT = 2**16 # An offset of 1 in whole numbers
