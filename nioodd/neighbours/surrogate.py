@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ARM', 'ARM_SPREAD', 'INKS', 'PAPER', 'YULE_NIELSEN', 'LOG_VARIANCES', 'METHODS', 'SCENARIOS', 'ROWS', 'planar_arm',
            'arm_data', 'transmittances', 'printer', 'printer_data', 'Prediction', 'SurrogateEnsemble', 'Method',
-           'Inversion', 'outside', 'invert_surrogate', 'neural_adjoint', 'Scenario', 'scenario_rows', 'bench_surrogate']
+           'Inversion', 'outside', 'invert_surrogate', 'neural_adjoint', 'Scenario', 'scenario_rows', 'bench_surrogate',
+           'image_cost', 'invert_images', 'ssim', 'Nearness', 'nearness', 'bridge_rows', 'bench_bridge']
 
 # %% ../../nbs/neighbours/04_surrogate.ipynb #33436657
 import math
@@ -20,12 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.errors import NiooddError, unknown
+from ..core.datasets import Problem, evenly
+from ..core.errors import NiooddError
 from ..core.files import provenance, read_json, write_json
 from ..core.forward import call_network, logits_of, private_copy
-from ..core.images import to_uint8
+from ..core.images import to_input
 from ..core.registry import Registry, patch
-from ..trust.agreement import entropy_of_mean, mutual_information
+from ..posthoc.layerwise import LayerwiseDetector
+from ..trust.agreement import mutual_information
+from ..trust.detector import TrustOptions, fit_problem
 
 # %% ../../nbs/neighbours/04_surrogate.ipynb #b8f21fdf
 ARM = (0.5, 0.5, 1.0) # Lengths of the three links
@@ -410,5 +414,157 @@ def bench_surrogate(
     for name, seed in tqdm([c for c in todo if c not in done], disable=not progress):
         source = provenance()
         rows += [r | source for r in scenario_rows(name, seed, targets)]
+        write_json(out, dict(rows=rows))
+    return rows
+
+# %% ../../nbs/neighbours/04_surrogate.ipynb #19821064
+def image_cost(
+    logits: Tensor, # [S, N, K] of S ≥ 2 siblings
+    labels: Tensor, # Wanted classes, int64 [N]
+    alpha: float = 1.0, # Weight of the disagreement
+) -> Tensor: # float64 [N]
+    "Cross-entropy of the siblings' mean answer, and α times their mutual information, in nats."
+    log_p = logits.double().log_softmax(-1)
+    log_mean = log_p.logsumexp(0) - math.log(len(logits))
+    wanted = -log_mean.gather(1, labels[:, None])[:, 0]
+    disagreement = _entropy(log_mean) - _entropy(log_p).mean(0)
+    return wanted + alpha * disagreement
+
+def _entropy(log_p: Tensor) -> Tensor: return -(log_p.exp() * log_p).sum(-1) # [..., K] → [...], nats
+
+# %% ../../nbs/neighbours/04_surrogate.ipynb #4b838019
+@torch.enable_grad()
+def invert_images(
+    siblings: Sequence[nn.Module], # At least 2 networks: images → logits [N, K]; left as they are
+    labels: Tensor, # Wanted classes, int64 [N]
+    shape: tuple[int, int, int], # Channels, height and width of the images
+    alpha: float = 1.0, # Weight of the disagreement
+    *,
+    steps: int = 100, # Of Adam
+    lr: float = 0.1, # Learning rate, on values before the tanh
+    seed: int = 0, # Of the starts
+) -> Tensor: # float32 [N, C, H, W] in [−1, 1]
+    "Images for which the siblings give the wanted classes. Raises `NiooddError` for fewer than 2 siblings or alpha < 0."
+    if len(siblings) < 2:
+        raise NiooddError(f"{len(siblings)} sibling; expected at least 2, for them to disagree")
+    if not alpha >= 0: raise NiooddError(f"alpha is {alpha}; expected a weight of at least 0")
+    networks = [private_copy(network, detach=True) for network in siblings]
+    rng = torch.Generator().manual_seed(seed)
+    z = (torch.randn(len(labels), *shape, generator=rng) / 2 - 1).requires_grad_() # Mostly dark
+    optimiser = torch.optim.Adam([z], lr=lr)
+    for _ in range(steps):
+        x = z.tanh()
+        logits = torch.stack([call_network(network, x.clone()) for network in networks])
+        optimiser.zero_grad()
+        image_cost(logits, labels, alpha).sum().backward()
+        optimiser.step()
+    return z.tanh().detach()
+
+# %% ../../nbs/neighbours/04_surrogate.ipynb #a4751228
+def ssim(a: Tensor, b: Tensor) -> Tensor: # float32 [N, C, H, W] in [−1, 1], twice → [N]
+    "Structural similarity: windows of 7 × 7 pixels, unbiased variances, constants 0.01 and 0.03 of the range."
+    def local(x: Tensor) -> Tensor: return F.avg_pool2d(x, 7, 1)
+    unbiased, c1, c2 = 49 / 48, (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    mean_a, mean_b = local(a), local(b)
+    var_a, var_b = (unbiased * (local(x * x) - m * m) for x, m in ((a, mean_a), (b, mean_b)))
+    covariance = unbiased * (local(a * b) - mean_a * mean_b)
+    likeness = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    scale = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    return (likeness / scale).mean((1, 2, 3))
+
+# %% ../../nbs/neighbours/04_surrogate.ipynb #839a55d9
+class Nearness(NamedTuple):
+    "How near images are to the nearest known image of their class, each [N]."
+    pixels: Tensor # Root of the mean squared difference of values in [−1, 1]
+    ssim: Tensor # Structural similarity, at most 1
+
+def nearness(
+    images: Tensor, # float32 [N, C, H, W] in [−1, 1]
+    labels: Tensor, # int64 [N]
+    known: Tensor, # As `images`, [M, C, H, W]
+    known_labels: Tensor, # int64 [M]; every one of `labels` must occur
+) -> Nearness:
+    "Compare each image with all known images of its class. Raises `NiooddError` for a class without any."
+    pixels, alike = [], []
+    for image, label in zip(images, labels):
+        bank = known[known_labels == label]
+        if not len(bank): raise NiooddError(f"no known image of class {int(label)}; expected some of each")
+        pixels.append((bank - image).square().mean((1, 2, 3)).min().sqrt())
+        alike.append(ssim(image.expand_as(bank), bank).max())
+    return Nearness(torch.stack(pixels), torch.stack(alike))
+
+# %% ../../nbs/neighbours/04_surrogate.ipynb #1a245420
+def bridge_rows(
+    siblings: Sequence[nn.Module], # Networks that must agree
+    judge: nn.Module, # An independently trained network
+    accepts: Callable[[Tensor], Tensor], # Images → whether the guard accepts each, bool [N]
+    known: tuple[Tensor, Tensor], # Known images float32 [M, C, H, W] in [−1, 1], and labels
+    labels: Tensor, # Wanted classes
+    alphas: Sequence[float] = (0.0, 1.0, 10.0, 100.0),
+    steps: int = 100,
+    seed: int = 0,
+) -> list[dict]: # One row for the starts (`steps` 0: the control), and one per α
+    "Invert the same starts with each α, and say how near the images come to the data."
+    shape, rows = tuple(known[0].shape[1:]), []
+    for alpha, n in [(0.0, 0), *((alpha, steps) for alpha in alphas)]:
+        x = invert_images(siblings, labels, shape, alpha, steps=n, seed=seed)
+        logits = torch.stack([logits_of(network, x) for network in siblings])
+        near = nearness(x, labels, *known)
+        found = dict(reached=logits.softmax(-1).mean(0).argmax(1) == labels,
+                     transfer=logits_of(judge, x).argmax(1) == labels, accepted=accepts(x),
+                     disagreement=mutual_information(logits), pixels=near.pixels, ssim=near.ssim)
+        means = {name: values.double().mean().item() for name, values in found.items()}
+        each = {f"{name}_each": [round(v, 5) for v in found[name].tolist()] for name in ("pixels", "ssim")}
+        rows.append(dict(alpha=alpha, steps=n, images=len(x), seed=seed) | means | each)
+    return rows
+
+# %% ../../nbs/neighbours/04_surrogate.ipynb #d771df62
+def _guard(network: nn.Module, problem: Problem, seed: int) -> Callable[[Tensor], Tensor]:
+    "Which images the layerwise detector of `network` accepts; 5 % of the second half of the held-out ones it does not."
+    half = len(problem.held_out) // 2
+    learnt, rest = problem.held_out.images[:half], problem.held_out.images[half:]
+    train = evenly(problem.train, 10_000).images
+    detector = LayerwiseDetector(network).fit(train, learnt, seed=seed, progress=False)
+    detector.calibrate(detector.predict(rest), false_alarms=0.05)
+    def accepts(x: Tensor) -> Tensor: return detector.predict(x) <= detector.threshold
+    return accepts
+
+def _pnn(network: nn.Module, problem: Problem, seed: int) -> list[nn.Module]:
+    "Three siblings from learnt intervals, `network` the first."
+    options = TrustOptions(steps=100, members=3, seed=seed)
+    siblings = fit_problem(problem, network, options, progress=False)[0].drawn_siblings()
+    return [private_copy(network, weights=siblings.weights(i), detach=True) for i in range(len(siblings))]
+
+# %% ../../nbs/neighbours/04_surrogate.ipynb #ed0e8f9d
+def bench_bridge(
+    out: str | os.PathLike, # JSON file; its rows are kept
+    networks: Sequence[nn.Module], # Three, trained on the problem with different seeds
+    problem: Problem, # With `held_out`
+    *,
+    per_class: int = 2, # Images of each class
+    alphas: Sequence[float] = (0.0, 1.0, 10.0, 100.0),
+    steps: int = 100,
+    progress: bool = True,
+) -> list[dict]: # All rows of the file
+    "Every α on the ensemble and the PNN, each network once the first. Raises `NiooddError` unless there are three."
+    if len(networks) != 3: raise NiooddError(f"{len(networks)} networks; expected three, with different seeds")
+    few = evenly(problem.train, 3000)
+    known = to_input(few.images), few.labels
+    labels = torch.arange(problem.n_known).repeat_interleave(per_class)
+    rows = _kept_rows(out)
+    todo = [seed for seed in range(3) if seed not in {r["seed"] for r in rows}]
+    for seed in tqdm(todo, disable=not progress):
+        start, source = time.process_time(), provenance()
+        first, second, judge = networks[seed:] + networks[:seed]
+        accepts, found = _guard(first, problem, seed), []
+        kinds = dict(ensemble=[first, second], pnn=_pnn(first, problem, seed))
+        for kind, siblings in kinds.items():
+            each = bridge_rows(siblings, judge, accepts, known, labels, alphas, steps, seed)
+            found += [dict(siblings=kind) | row for row in each]
+        real = evenly(problem.test, len(labels))
+        near = nearness(to_input(real.images), real.labels, *known)
+        found.append(dict(siblings="test images", seed=seed, accepted=accepts(real.images).double().mean().item(),
+                          pixels=near.pixels.mean().item(), ssim=near.ssim.mean().item()))
+        rows += [row | source | dict(cpu_seconds=time.process_time() - start, data=problem.train.name) for row in found]
         write_json(out, dict(rows=rows))
     return rows
