@@ -262,8 +262,8 @@ def invert_surrogate(
     targets: Tensor, # Wanted outputs [T, n_out]
     method: str = "uana", # One of `METHODS`
     *,
-    alpha: float = 1.0, # Weight of epistemic variance
-    beta: float = 1.0, # Weight of aleatoric variance
+    alpha: float = 3.0, # Weight of epistemic variance
+    beta: float = 0.1, # Weight of aleatoric variance
     tries: int = 8, # Starts of each target; the one with the least cost is kept
     steps: int = 150, # Of Adam
     lr: float = 0.2, # Largest step of an input, in its standard deviations; it falls along a cosine
@@ -362,9 +362,9 @@ def _fitted(x: Tensor, y: Tensor, seed: int, steps: int) -> dict[str, tuple[Surr
 def scenario_rows(
     name: str, # One of `SCENARIOS`
     seed: int,
-    targets: int = 100,
+    targets: int = 60,
     steps: int = 1500, # To fit a surrogate
-    alpha: float = 1.0, beta: float = 1.0,
+    alpha: float = 3.0, beta: float = 0.1, # Chosen on seed 101, which is not reported
 ) -> list[dict]: # One row per method
     "Fit and invert one scenario by every method; `na` has one network of the ensemble's size."
     scenario = SCENARIOS[name]
@@ -403,7 +403,7 @@ def bench_surrogate(
     *,
     seeds: Iterable[int] = range(5),
     scenarios: Iterable[str] | None = None, # None: all of `SCENARIOS`
-    targets: int = 100,
+    targets: int = 60,
     progress: bool = True,
 ) -> list[dict]: # All rows of the file
     "Every method on every scenario that has no row in `out` yet. Raises `NiooddError` for an unknown scenario."
