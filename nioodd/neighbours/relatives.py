@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRIORS', 'DROPOUT', 'KINDS', 'FAR', 'ROWS', 'Laplace', 'chosen_prior', 'dropout_siblings', 'logits_of_each',
-           'exposure_loss', 'oecc_loss', 'mixed', 'Schedule', 'train_relative', 'FastWeights', 'BatchEnsemble', 'Board',
-           'train_board', 'board_rows', 'bench_relatives']
+           'exposure_loss', 'oecc_loss', 'mixed', 'Schedule', 'train_relative', 'FastWeights', 'BatchEnsemble',
+           'split_problem', 'Board', 'train_board', 'board_rows', 'bench_relatives']
 
 # %% ../../nbs/neighbours/06_relatives.ipynb #c91e9d02
 import math
@@ -24,7 +24,7 @@ from ..core.datasets import Problem, evenly, known_and_unknown, load_problem
 from ..core.errors import NiooddError, unknown
 from ..core.files import provenance, read_json, write_json
 from ..core.forward import as_input, independent_copy, logits_of, private_copy
-from ..core.images import to_input
+from ..core.images import ImageSet, to_input
 from ..core.metrics import ood_metrics
 from ..core.models import Classifier
 from ..core.registry import patch
@@ -98,8 +98,8 @@ def _laplace(data: FitData):
     return score_parts
 
 BASELINES["laplace"] = Baseline(
-    "laplace", "outputs", _laplace, "Kristiadi et al., ICML 2020", settings="last layer, A ⊗ G, prior by held-out likelihood",
-    true_labels=True)
+    "laplace", "outputs", _laplace, "Kristiadi et al., ICML 2020", true_labels=True,
+    settings="last layer, A ⊗ G, prior by held-out likelihood")
 
 # %% ../../nbs/neighbours/06_relatives.ipynb #920fd02e
 class _FixedMask(nn.Module):
@@ -300,6 +300,20 @@ class BatchEnsemble(nn.Module):
 # %% ../../nbs/neighbours/06_relatives.ipynb #2810a3be
 FAR = ("fashion_mnist", "cifar10", "cmaterdb")
 
+def split_problem(
+    split: int, # Of the 6/4 protocol, 0 … 4
+    data: str = "mnist", # A set with ten classes
+    far: tuple[str, ...] = FAR,
+    size: int = 28,
+    train_images: int = 3000,
+    held_out: int = 1000,
+    root: str | os.PathLike | None = None, # Where the data are
+) -> Problem:
+    "Six known classes; the other four and the far sets are unknown. Raises `NiooddError` for data that are not there."
+    known, others = known_and_unknown(data, split)
+    return load_problem(known, (others, *far), size=size, channels=1, train_images=train_images + held_out,
+                        validation_images=held_out, root=root)
+
 class Board(NamedTuple):
     "One split: its problem and its networks by kind of training."
     problem: Problem
@@ -307,25 +321,21 @@ class Board(NamedTuple):
     seed: int
 
 def train_board(
-    split: int, # Of the 6/4 protocol, 0 … 4; also the seed
-    train_images: int = 3000,
+    problem: Problem, # With `held_out` images
     schedule: Schedule = Schedule(),
-    root: str | os.PathLike | None = None, # Where the data are
+    seed: int = 0,
 ) -> Board:
-    "Train a network of each kind, and a BatchEnsemble of four, on six classes of MNIST."
-    known, others = known_and_unknown("mnist", split)
-    problem = load_problem(known, (others, *FAR), size=28, channels=1, train_images=train_images + 1000,
-                           validation_images=1000, root=root)
-    n, networks = problem.n_known, {}
-    with seeded(split): start = Classifier(n + 1).state_dict()
+    "Train a network of each kind, and a BatchEnsemble of four, all from the same first weights."
+    n, size, networks = problem.n_known, problem.train.images.shape[-1], {}
+    with seeded(seed): start = Classifier(n + 1, size=size).state_dict()
     for kind in (*KINDS, "batch_ensemble"):
-        model = Classifier(n + (kind == "garbage"))
+        model = Classifier(n + (kind == "garbage"), size=size)
         own = model.state_dict()
         model.load_state_dict({k: v[tuple(map(slice, own[k].shape))] for k, v in start.items()}) # All start alike
         loss = "plain" if kind == "batch_ensemble" else kind
-        if kind == "batch_ensemble": model = BatchEnsemble(model, 4, split)
-        networks[kind] = train_relative(model, problem.train.images, problem.train.labels, loss, schedule, split)
-    return Board(problem, networks, split)
+        if kind == "batch_ensemble": model = BatchEnsemble(model, 4, seed)
+        networks[kind] = train_relative(model, problem.train.images, problem.train.labels, loss, schedule, seed)
+    return Board(problem, networks, seed)
 
 # %% ../../nbs/neighbours/06_relatives.ipynb #19db7541
 def _fit_data(board: Board) -> FitData:
@@ -352,17 +362,20 @@ def _scorers(board: Board) -> dict: # Detector → function of images uint8 → 
     return found
 
 # %% ../../nbs/neighbours/06_relatives.ipynb #9182fb8b
+def _share_right(model: nn.Module, test: ImageSet, n_known: int) -> float:
+    "Accuracy among the known classes; a garbage output does not count."
+    right = logits_of(model, test.images)[:, :n_known].argmax(1) == test.labels
+    return right.double().mean().item()
+
 def board_rows(board: Board, images: int = 1000) -> list[dict]: # One row per detector and set
     "Judge every detector on the near set and the far ones, with at most so many images of each."
     test = evenly(board.problem.test, images)
     sets = {name: evenly(s, images).images for name, s in board.problem.ood.items()}
-    right = {kind: (logits_of(m, test.images)[:, :board.problem.n_known].argmax(1) == test.labels).double().mean().item()
-             for kind, m in board.networks.items()}
-    rows = []
+    right, rows = {kind: _share_right(m, test, board.problem.n_known) for kind, m in board.networks.items()}, []
     for detector, score in _scorers(board).items():
-        of_id, kind = score(test.images), detector.partition(" ")[0]
+        of_id, kind = score(test.images), detector.partition(" ")[0] # The network's kind, or a post-hoc score
         for name, x in sets.items():
-            near = "near" if name.startswith("mnist") else "far"
+            near = "near" if "[not " in name else "far"
             row = dict(split=board.seed, detector=detector, ood=name, kind=near, images=len(x))
             rows.append(row | dict(accuracy=right.get(kind, right["plain"])) | ood_metrics(of_id, score(x)))
     return rows
@@ -385,7 +398,8 @@ def bench_relatives(
     done = {r["split"] for r in rows}
     for split in tqdm([s for s in splits if s not in done], disable=not progress):
         start, source = time.process_time(), provenance()
-        found = board_rows(train_board(split, train_images, schedule, root), images)
+        problem = split_problem(split, train_images=train_images, root=root)
+        found = board_rows(train_board(problem, schedule, split), images)
         source |= dict(cpu_seconds=time.process_time() - start, train_images=train_images, epochs=schedule.epochs)
         rows += [row | source for row in found]
         write_json(out, dict(rows=rows))

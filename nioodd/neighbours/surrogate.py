@@ -444,7 +444,9 @@ def invert_images(
     lr: float = 0.1, # Learning rate, on values before the tanh
     seed: int = 0, # Of the starts
 ) -> Tensor: # float32 [N, C, H, W] in [−1, 1]
-    "Images for which the siblings give the wanted classes. Raises `NiooddError` for fewer than 2 siblings or alpha < 0."
+    """Images for which the siblings give the wanted classes.
+
+    Raises `NiooddError` for fewer than 2 siblings or alpha < 0."""
     if len(siblings) < 2:
         raise NiooddError(f"{len(siblings)} sibling; expected at least 2, for them to disagree")
     if not alpha >= 0: raise NiooddError(f"alpha is {alpha}; expected a weight of at least 0")

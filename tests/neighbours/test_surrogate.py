@@ -95,7 +95,8 @@ def test_the_boundary_loss_keeps_inputs_in_the_box(noisy_line):
 
 def test_uncertain_inputs_cost(noisy_line):
     target = torch.tensor([[0.0]])
-    calm, any_ = (s.invert_surrogate(noisy_line, target, m, alpha=1, beta=1, tries=8, steps=60) for m in ("uana", "mean"))
+    options = dict(alpha=1, beta=1, steps=60)
+    calm, any_ = (s.invert_surrogate(noisy_line, target, m, **options) for m in ("uana", "mean"))
     assert calm.predicted.aleatoric <= any_.predicted.aleatoric + 1e-4
     assert calm.inputs.item() < 0.1  # Zero is reached at the quiet side's edge
 
