@@ -7,19 +7,21 @@ __all__ = ['PRIORS', 'DROPOUT', 'KINDS', 'FAR', 'ROWS', 'Laplace', 'chosen_prior
            'exposure_loss', 'oecc_loss', 'mixed', 'Schedule', 'train_relative', 'FastWeights', 'BatchEnsemble',
            'split_problem', 'Board', 'train_board', 'board_rows', 'bench_relatives']
 
-# %% ../../nbs/neighbours/06_relatives.ipynb #c91e9d02
+# %% ../../nbs/neighbours/06_relatives.ipynb #5316a678
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #cbb0f480
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #c91e9d02
 from ..core.datasets import Problem, evenly, known_and_unknown, load_problem
 from ..core.errors import NiooddError, unknown
 from ..core.files import provenance, read_json, write_json
@@ -36,10 +38,11 @@ from ..posthoc.layerwise import LayerwiseDetector
 from ..posthoc.outputs import Outputs, network_outputs, output_layer
 from ..trust.agreement import disagreement_sum, max_of_mean
 
-# %% ../../nbs/neighbours/06_relatives.ipynb #1bd63e90
+# %% ../../nbs/neighbours/06_relatives.ipynb #51fb3a90
 def _with_one(features: Tensor) -> Tensor: # [N, D] → float64 [N, D + 1]
     return F.pad(features.double(), (0, 1), value=1.0)
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #1bd63e90
 class Laplace:
     """Gaussian over the weights of the last layer, with curvature A ⊗ G (Ritter et al. 2018; Kristiadi et al. 2020).
 
@@ -72,9 +75,10 @@ def shrunk_logits(self: Laplace, features: Tensor, logits: Tensor) -> Tensor: # 
     v = self.covariance(features).diagonal(dim1=1, dim2=2)
     return logits.double() / (1 + math.pi * v / 8).sqrt()
 
-# %% ../../nbs/neighbours/06_relatives.ipynb #c99786cd
+# %% ../../nbs/neighbours/06_relatives.ipynb #f56e74a9
 PRIORS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0)
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #c99786cd
 def chosen_prior(
     train: Outputs, # Of training images
     held_out: Outputs,
@@ -87,7 +91,7 @@ def chosen_prior(
         losses[laplace.prior] = F.cross_entropy(shrunk, labels).item()
     return min(losses, key=losses.get)
 
-# %% ../../nbs/neighbours/06_relatives.ipynb #a374b293
+# %% ../../nbs/neighbours/06_relatives.ipynb #8b6183b2
 def _laplace(data: FitData):
     output_layer(data.model, as_input(data.images[:2], data.model)) # Raises an error if another layer comes last
     prior = chosen_prior(data.outputs, data.held_out_outputs, data.held_out_labels)
@@ -97,6 +101,7 @@ def _laplace(data: FitData):
         return [msp(laplace.shrunk_logits(features, logits)) for features, logits in parts]
     return score_parts
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #a374b293
 BASELINES["laplace"] = Baseline(
     "laplace", "outputs", _laplace, "Kristiadi et al., ICML 2020", true_labels=True,
     settings="last layer, A ⊗ G, prior by held-out likelihood")
@@ -114,9 +119,10 @@ class _FixedMask(nn.Module):
         kept = torch.rand(shape, generator=rng) >= self.p
         return x * (kept / (1 - self.p)).to(x)
 
-# %% ../../nbs/neighbours/06_relatives.ipynb #3d6b757c
+# %% ../../nbs/neighbours/06_relatives.ipynb #35dc3d40
 DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #3d6b757c
 def dropout_siblings(
     model: nn.Module, # With layers of `nn.Dropout`
     n: int = 10, # Passes
@@ -140,26 +146,29 @@ def dropout_siblings(
         found.append(copy)
     return found
 
-# %% ../../nbs/neighbours/06_relatives.ipynb #214b80a9
+# %% ../../nbs/neighbours/06_relatives.ipynb #77ec407c
 @torch.no_grad()
 def logits_of_each(siblings: Iterable[nn.Module], images: Tensor) -> Tensor: # uint8 [N, C, H, W] → [S, N, K]
     "The logits of several networks."
     return torch.stack([logits_of(network, images) for network in siblings])
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #394907c1
 def _mc_dropout(data: FitData):
     siblings = dropout_siblings(data.model, seed=data.seed)
     def score_parts(images: Tensor): return [disagreement_sum(logits_of_each(siblings, images))]
     return score_parts
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #214b80a9
 BASELINES["mc_dropout"] = Baseline(
     "mc_dropout", "images", _mc_dropout, "Gal and Ghahramani, ICML 2016", learns_from="nothing",
     settings="10 passes with one mask each, disagreement_sum")
 
-# %% ../../nbs/neighbours/06_relatives.ipynb #55515d31
+# %% ../../nbs/neighbours/06_relatives.ipynb #06f5fe26
 def exposure_loss(logits: Tensor) -> Tensor: # Of outliers [N, K] → scalar ≥ log K, nats
     "Cross-entropy to the uniform answer (Hendrycks et al. 2019, §3)."
     return -logits.log_softmax(1).mean()
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #55515d31
 def oecc_loss(
     logits: Tensor, # Of ID images [N, K]
     outlier_logits: Tensor, # [M, K]
@@ -182,9 +191,10 @@ def mixed(
     order = torch.randperm(len(x))
     return share * x + (1 - share) * x[order], order, share
 
-# %% ../../nbs/neighbours/06_relatives.ipynb #54516139
+# %% ../../nbs/neighbours/06_relatives.ipynb #b7c5bc32
 KINDS = ("plain", "mixup", "exposure", "oecc", "garbage") # What a network is trained with
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #54516139
 class _Losses:
     "The loss of one batch, by kind. Keeps the running training accuracy."
     def __init__(self, kind: str, n_known: int):
@@ -226,7 +236,8 @@ def train_relative(
 ) -> nn.Module: # `model`, in eval mode
     "Train with one of the losses, on fresh synthetic outliers each epoch. Raises `NiooddError` for an unknown kind."
     if kind not in KINDS: raise unknown("kind of training", kind, KINDS)
-    losses, optimiser = _Losses(kind, int(labels.max()) + 1), torch.optim.AdamW(model.parameters(), schedule.lr)
+    losses = _Losses(kind, int(labels.max()) + 1)
+    optimiser = torch.optim.AdamW(model.parameters(), schedule.lr)
     model.train()
     with seeded(seed):
         for epoch in range(schedule.epochs):
@@ -297,9 +308,10 @@ class BatchEnsemble(nn.Module):
         copy = self.eval()
         return torch.cat([copy._all(as_input(part, copy.network)) for part in images.split(500)], 1)
 
-# %% ../../nbs/neighbours/06_relatives.ipynb #2810a3be
+# %% ../../nbs/neighbours/06_relatives.ipynb #1ed402e8
 FAR = ("fashion_mnist", "cifar10", "cmaterdb")
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #681cc20b
 def split_problem(
     split: int, # Of the 6/4 protocol, 0 … 4
     data: str = "mnist", # A set with ten classes
@@ -314,12 +326,14 @@ def split_problem(
     return load_problem(known, (others, *far), size=size, channels=1, train_images=train_images + held_out,
                         validation_images=held_out, root=root)
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #77fce22a
 class Board(NamedTuple):
     "One split: its problem and its networks by kind of training."
     problem: Problem
     networks: dict[str, nn.Module]
     seed: int
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #2810a3be
 def train_board(
     problem: Problem, # With `held_out` images
     schedule: Schedule = Schedule(),
@@ -331,48 +345,70 @@ def train_board(
     for kind in (*KINDS, "batch_ensemble"):
         model = Classifier(n + (kind == "garbage"), size=size)
         own = model.state_dict()
-        model.load_state_dict({k: v[tuple(map(slice, own[k].shape))] for k, v in start.items()}) # All start alike
+        first = {k: v[tuple(map(slice, own[k].shape))] for k, v in start.items()} # Without garbage's row
+        model.load_state_dict(first)
         loss = "plain" if kind == "batch_ensemble" else kind
         if kind == "batch_ensemble": model = BatchEnsemble(model, 4, seed)
         networks[kind] = train_relative(model, problem.train.images, problem.train.labels, loss, schedule, seed)
     return Board(problem, networks, seed)
 
-# %% ../../nbs/neighbours/06_relatives.ipynb #19db7541
+# %% ../../nbs/neighbours/06_relatives.ipynb #58bd11dd
 def _fit_data(board: Board) -> FitData:
     "What post-hoc detectors may learn from: the plain network on training and held-out images."
     model, train, held_out = board.networks["plain"], board.problem.train, board.problem.held_out
     return FitData(model, network_outputs(model, train.images), train.labels, train.images,
                    network_outputs(model, held_out.images), held_out.images, held_out.labels, board.seed)
 
-def _scorers(board: Board) -> dict: # Detector → function of images uint8 → scores, higher = more OOD
-    networks, data = board.networks, _fit_data(board)
-    model, n = data.model, board.problem.n_known
-    layerwise = LayerwiseDetector(model).fit(data.images, data.held_out_images, seed=board.seed, progress=False)
-    laplace, dropout = (BASELINES[name].make(data) for name in ("laplace", "mc_dropout"))
-    def of(kind: str, score): return lambda x: score(logits_of(networks[kind], x))
-    def of_batch_ensemble(measure): return lambda x: measure(networks["batch_ensemble"].sibling_logits(x))
-    found = dict(msp=of("plain", msp), energy=of("plain", energy), layerwise=layerwise.predict,
-                 laplace=lambda x: laplace(network_outputs(model, x)), mc_dropout=dropout)
-    for kind in ("mixup", "exposure", "oecc"):
-        found |= {f"{kind} msp": of(kind, msp), f"{kind} energy": of(kind, energy)}
-    found["garbage"] = of("garbage", lambda z: z.softmax(1)[:, n].double())
-    found["garbage known msp"] = of("garbage", lambda z: 1 - z.softmax(1)[:, :n].amax(1).double())
-    found["batch_ensemble"] = of_batch_ensemble(disagreement_sum)
-    found["batch_ensemble mean"] = of_batch_ensemble(max_of_mean)
-    return found
+# %% ../../nbs/neighbours/06_relatives.ipynb #fae61b16
+def _of_logits(model: nn.Module, score: Callable) -> Callable:
+    def scores(x: Tensor) -> Tensor: return score(logits_of(model, x))
+    return scores
 
 # %% ../../nbs/neighbours/06_relatives.ipynb #9182fb8b
+def _of_siblings(ensemble: BatchEnsemble, measure: Callable) -> Callable:
+    def scores(x: Tensor) -> Tensor: return measure(ensemble.sibling_logits(x))
+    return scores
+
+# %% ../../nbs/neighbours/06_relatives.ipynb #19db7541
+def _post_hoc(board: Board) -> dict[str, Callable]: # Detector → function of images uint8
+    "Scores of the plain network as it is."
+    data = _fit_data(board)
+    layerwise = LayerwiseDetector(data.model)
+    layerwise.fit(data.images, data.held_out_images, seed=board.seed, progress=False)
+    laplace, dropout = (BASELINES[name].make(data) for name in ("laplace", "mc_dropout"))
+    def of_outputs(x: Tensor) -> Tensor: return laplace(network_outputs(data.model, x))
+    return dict(msp=_of_logits(data.model, msp), energy=_of_logits(data.model, energy),
+                layerwise=layerwise.predict, laplace=of_outputs, mc_dropout=dropout)
+
+# %% ../../nbs/neighbours/06_relatives.ipynb #f05b5dcf
+def _trained(board: Board) -> dict[str, Callable]: # As `_post_hoc`
+    "Scores of networks that were trained in another way."
+    networks, n, found = board.networks, board.problem.n_known, {}
+    for kind in ("mixup", "exposure", "oecc"):
+        found[f"{kind} msp"] = _of_logits(networks[kind], msp)
+        found[f"{kind} energy"] = _of_logits(networks[kind], energy)
+    def garbage(z: Tensor) -> Tensor: return z.softmax(1)[:, n].double()
+    def not_known(z: Tensor) -> Tensor: return 1 - z.softmax(1)[:, :n].amax(1).double()
+    found["garbage"] = _of_logits(networks["garbage"], garbage)
+    found["garbage known msp"] = _of_logits(networks["garbage"], not_known)
+    found["batch_ensemble"] = _of_siblings(networks["batch_ensemble"], disagreement_sum)
+    found["batch_ensemble mean"] = _of_siblings(networks["batch_ensemble"], max_of_mean)
+    return found
+
+# %% ../../nbs/neighbours/06_relatives.ipynb #bf9bac7e
 def _share_right(model: nn.Module, test: ImageSet, n_known: int) -> float:
     "Accuracy among the known classes; a garbage output does not count."
     right = logits_of(model, test.images)[:, :n_known].argmax(1) == test.labels
     return right.double().mean().item()
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #369340d8
 def board_rows(board: Board, images: int = 1000) -> list[dict]: # One row per detector and set
     "Judge every detector on the near set and the far ones, with at most so many images of each."
     test = evenly(board.problem.test, images)
     sets = {name: evenly(s, images).images for name, s in board.problem.ood.items()}
-    right, rows = {kind: _share_right(m, test, board.problem.n_known) for kind, m in board.networks.items()}, []
-    for detector, score in _scorers(board).items():
+    n, rows = board.problem.n_known, []
+    right = {kind: _share_right(m, test, n) for kind, m in board.networks.items()}
+    for detector, score in (_post_hoc(board) | _trained(board)).items():
         of_id, kind = score(test.images), detector.partition(" ")[0] # The network's kind, or a post-hoc score
         for name, x in sets.items():
             near = "near" if "[not " in name else "far"
@@ -380,9 +416,10 @@ def board_rows(board: Board, images: int = 1000) -> list[dict]: # One row per de
             rows.append(row | dict(accuracy=right.get(kind, right["plain"])) | ood_metrics(of_id, score(x)))
     return rows
 
-# %% ../../nbs/neighbours/06_relatives.ipynb #0c9d03a4
+# %% ../../nbs/neighbours/06_relatives.ipynb #eadf80b8
 ROWS = {"type": "object", "required": ["rows"], "properties": {"rows": {"type": "array"}}}
 
+# %% ../../nbs/neighbours/06_relatives.ipynb #0c9d03a4
 def bench_relatives(
     out: str | os.PathLike, # JSON file; its rows are kept
     *,

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ARM', 'ARM_SPREAD', 'INKS', 'PAPER', 'YULE_NIELSEN', 'LOG_VARIANCES', 'METHODS', 'SCENARIOS', 'ROWS', 'planar_arm',
            'arm_data', 'transmittances', 'printer', 'printer_data', 'Prediction', 'SurrogateEnsemble', 'Method',
-           'Inversion', 'outside', 'invert_surrogate', 'neural_adjoint', 'Scenario', 'scenario_rows', 'bench_surrogate',
-           'image_cost', 'invert_images', 'ssim', 'Nearness', 'nearness', 'bridge_rows', 'bench_bridge']
+           'Inversion', 'outside', 'Search', 'invert_surrogate', 'neural_adjoint', 'Scenario', 'scenario_rows',
+           'bench_surrogate', 'image_cost', 'invert_images', 'ssim', 'Nearness', 'nearness', 'bridge_rows',
+           'bench_bridge']
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #33436657
+# %% ../../nbs/neighbours/04_surrogate.ipynb #3698b4d5
 import math
 import os
 import time
@@ -16,11 +17,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #6bd8b2b5
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #33436657
 from ..core.datasets import Problem, evenly
 from ..core.errors import NiooddError
 from ..core.files import provenance, read_json, write_json
@@ -138,9 +141,10 @@ class SurrogateEnsemble(nn.Module):
         self.biases = nn.ParameterList([torch.zeros(members, 1, o) for _, o in pairs])
         self.examples: tuple[Tensor, Tensor] | None = None # What it was fitted to
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #e2429d82
+# %% ../../nbs/neighbours/04_surrogate.ipynb #8817d228
 LOG_VARIANCES = (-12.0, 6.0) # Range of log σ², of outputs with variance 1
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #e2429d82
 @patch
 def _forward(self: SurrogateEnsemble, x: Tensor) -> tuple[Tensor, Tensor]: # Standardised [M, N, n_in]
     "Means and log-variances [M, N, n_out] of standardised outputs."
@@ -151,10 +155,11 @@ def _forward(self: SurrogateEnsemble, x: Tensor) -> tuple[Tensor, Tensor]: # Sta
     mu, log_variance = x.chunk(2, -1)
     return mu, log_variance.clamp(*LOG_VARIANCES)
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #ff5af719
+# %% ../../nbs/neighbours/04_surrogate.ipynb #8650bcf1
 def _standard(t: Tensor) -> tuple[Tensor, Tensor]: # Mean and standard deviation of each column, [1, d]
     return t.mean(0, keepdim=True), t.std(0, keepdim=True).clamp_min(1e-6)
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #ff5af719
 @patch
 def fit(self: SurrogateEnsemble,
     x: Tensor, # Inputs [N, n_in], N ≥ 2
@@ -183,10 +188,11 @@ def fit(self: SurrogateEnsemble,
     self.requires_grad_(False)
     return self
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #7ca28bb0
+# %% ../../nbs/neighbours/04_surrogate.ipynb #24ba0d31
 def _learning_rate(peak: float, done: float) -> float: # Rises for a thirtieth, then a cosine to 0
     return peak * min(1.0, 30 * done + 0.02) * (1 + math.cos(math.pi * done)) / 2
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #7ca28bb0
 @patch
 def _step(self: SurrogateEnsemble, x: Tensor, y: Tensor, optimiser, likelihood: bool) -> None:
     mu, log_variance = self._forward(x)
@@ -215,12 +221,13 @@ def predict(self: SurrogateEnsemble,
     aleatoric = log_variance.exp().mean(0) * variance
     return Prediction(mu.mean(0) * scale + centre, mu.var(0, correction=0) * variance, aleatoric)
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #8dac2b9c
+# %% ../../nbs/neighbours/04_surrogate.ipynb #a05b860c
 class Method(NamedTuple):
     "A cost to invert a surrogate by."
     uncertain: bool # Whether α and β are used
     boundary: float # Weight of the boundary loss
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #8dac2b9c
 METHODS: dict[str, Method] = Registry("method of inversion") # Name → `Method`
 METHODS |= dict(
     uana=Method(True, 0.0), # Uncertainty-aware neural adjoint
@@ -240,7 +247,16 @@ def outside(x: Tensor, low: Tensor, high: Tensor) -> Tensor: # [N, d] and [d] tw
     "How far inputs are beyond a box, summed over the inputs (boundary loss of Ren et al. 2020, §3.2)."
     return (F.relu(low - x) + F.relu(x - high)).sum(1)
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #627927df
+# %% ../../nbs/neighbours/04_surrogate.ipynb #6845b931
+class Search(NamedTuple):
+    "How inputs are looked for."
+    tries: int = 8 # Starts of each target; the one with the least cost is kept
+    steps: int = 150 # Of Adam
+    lr: float = 0.2 # Largest step of an input, in its standard deviations; it falls along a cosine
+    spread: float = 1.0 # How far from the mean to start, over what examples have
+    seed: int = 0 # Of the starts
+
+# %% ../../nbs/neighbours/04_surrogate.ipynb #e4340db6
 def _box(surrogate: SurrogateEnsemble, box: tuple | None) -> tuple[Tensor, Tensor]: # low and high, each [n_in]
     "The box that was given, or that of the examples. `NiooddError` if it is empty."
     x = surrogate.examples[0]
@@ -250,11 +266,12 @@ def _box(surrogate: SurrogateEnsemble, box: tuple | None) -> tuple[Tensor, Tenso
     raise NiooddError("the box is empty; expected every lower edge below its upper edge; "
                       "box=(0, 1) is one for all inputs")
 
-def _starts(surrogate: SurrogateEnsemble, n: int, spread: float, seed: int) -> Tensor: # [n, n_in]
+# %% ../../nbs/neighbours/04_surrogate.ipynb #627927df
+def _starts(surrogate: SurrogateEnsemble, n: int, search: Search) -> Tensor: # [tries · n, n_in]
     "Inputs of random examples, moved `spread` times as far from their mean."
-    x, rng = surrogate.examples[0], torch.Generator().manual_seed(seed)
-    centre = surrogate.of_x[0]
-    return centre + spread * (x[torch.randint(len(x), (n,), generator=rng)] - centre)
+    x, rng = surrogate.examples[0], torch.Generator().manual_seed(search.seed)
+    centre, chosen = surrogate.of_x[0], torch.randint(len(x), (search.tries * n,), generator=rng)
+    return centre + search.spread * (x[chosen] - centre)
 
 # %% ../../nbs/neighbours/04_surrogate.ipynb #e31a3ee3
 def invert_surrogate(
@@ -264,19 +281,16 @@ def invert_surrogate(
     *,
     alpha: float = 3.0, # Weight of epistemic variance
     beta: float = 0.1, # Weight of aleatoric variance
-    tries: int = 8, # Starts of each target; the one with the least cost is kept
-    steps: int = 150, # Of Adam
-    lr: float = 0.2, # Largest step of an input, in its standard deviations; it falls along a cosine
     box: tuple | None = None, # Lower and upper edges for the boundary loss; None: those of the examples
-    spread: float = 1.0, # How far from the mean to start, over what examples have
-    seed: int = 0, # Of the starts
+    search: Search = Search(),
 ) -> Inversion:
     """Inputs for which the surrogate gives the targets, and, with `uana`, is sure of it (Autoinverse, our reading).
 
     Raises `NiooddError` for an unknown method, negative weights, targets that are not finite or of another
     width, an empty box, tries < 1, steps < 1, and a surrogate that was not fitted."""
     chosen, targets = METHODS[method], _checked("targets", targets, surrogate.n_out)
-    if min(tries, steps) < 1: raise NiooddError(f"tries is {tries}, steps {steps}; expected at least 1 of each")
+    if min(search.tries, search.steps) < 1:
+        raise NiooddError(f"tries is {search.tries}, steps {search.steps}; expected at least 1 of each")
     if not (alpha >= 0 and beta >= 0):
         raise NiooddError(f"alpha is {alpha}, beta {beta}; expected weights of at least 0")
     surrogate.predict(targets.new_zeros(1, surrogate.n_in)) # Raises an error before `fit`
@@ -289,25 +303,27 @@ def invert_surrogate(
         if chosen.boundary: j = j + chosen.boundary * outside(x, *edges)
         return j
 
-    starts = _starts(surrogate, tries * len(targets), spread, seed)
-    x, j = _descend(cost, starts, targets.repeat(tries, 1), surrogate.of_x[1], steps, lr)
-    best = j.view(tries, -1).argmin(0)
-    found = x.view(tries, len(targets), -1)[best, torch.arange(len(targets))]
-    return Inversion(found, j.view(tries, -1).amin(0), surrogate.predict(found))
+    x, j = _descend(cost, _starts(surrogate, len(targets), search), targets, surrogate.of_x[1], search)
+    best = j.argmin(0)
+    found = x[best, torch.arange(len(targets))]
+    return Inversion(found, j.amin(0), surrogate.predict(found))
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #6845b931
+# %% ../../nbs/neighbours/04_surrogate.ipynb #c8d68d0d
 @torch.enable_grad()
-def _descend(cost: Callable, x: Tensor, wanted: Tensor, scale: Tensor, steps: int, lr: float) -> tuple[Tensor, Tensor]:
-    "Inputs after `steps` of Adam from `x`, in units of `scale`, and their costs."
-    z = (x / scale).requires_grad_()
-    optimiser = torch.optim.Adam([z], lr=lr)
-    for step in range(steps):
-        optimiser.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / steps)) / 2
+def _descend(
+    cost: Callable, x: Tensor, targets: Tensor, scale: Tensor, search: Search,
+) -> tuple[Tensor, Tensor]: # [tries, T, n_in] and [tries, T]
+    "Inputs after some steps of Adam from `x`, in units of `scale`, and their costs."
+    z, wanted = (x / scale).requires_grad_(), targets.repeat(search.tries, 1)
+    optimiser = torch.optim.Adam([z], lr=search.lr)
+    for step in range(search.steps):
+        done = step / search.steps
+        optimiser.param_groups[0]["lr"] = search.lr * (1 + math.cos(math.pi * done)) / 2
         optimiser.zero_grad()
         cost(z * scale, wanted).sum().backward()
         optimiser.step()
     x = (z * scale).detach()
-    return x, cost(x, wanted).detach()
+    return x.view(search.tries, len(targets), -1), cost(x, wanted).detach().view(search.tries, -1)
 
 # %% ../../nbs/neighbours/04_surrogate.ipynb #60e61a94
 def neural_adjoint(like: SurrogateEnsemble, seed: int = 0) -> SurrogateEnsemble:
@@ -319,7 +335,7 @@ def neural_adjoint(like: SurrogateEnsemble, seed: int = 0) -> SurrogateEnsemble:
     while size(width) < wanted: width += 1
     return SurrogateEnsemble(like.n_in, like.n_out, 1, width, seed)
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #de08a161
+# %% ../../nbs/neighbours/04_surrogate.ipynb #fff5965d
 class Scenario(NamedTuple):
     "A problem of inversion whose truth is known."
     process: Callable[[Tensor], Tensor] # The truth: inputs → outputs
@@ -327,15 +343,17 @@ class Scenario(NamedTuple):
     fresh: Callable[[int, int], tuple[Tensor, Tensor]] # (n, seed) → inputs without hole or noise, and outputs
     spread: float = 1.0 # Of the starts
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #de08a161
 SCENARIOS: dict[str, Scenario] = Registry("scenario")
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #c7216c00
+# %% ../../nbs/neighbours/04_surrogate.ipynb #8fb89555
 def _arm(name: str, spread: float = 1.0, **options) -> None:
     "A scenario of the arm; `options` are those of `arm_data`."
     def examples(seed: int): return arm_data(**options, seed=seed)
     def fresh(n: int, seed: int): return arm_data(n, seed=seed)
     SCENARIOS[name] = Scenario(planar_arm, examples, fresh, spread)
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #c7216c00
 _arm("plenty", n=10_000)
 _arm("few", n=500)
 _arm("noisy half", n=5000, noise=0.2)
@@ -358,7 +376,7 @@ def _fitted(x: Tensor, y: Tensor, seed: int, steps: int) -> dict[str, tuple[Surr
         found[kind] = surrogate, time.process_time() - start
     return found
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #c8d68d0d
+# %% ../../nbs/neighbours/04_surrogate.ipynb #1a245420
 def scenario_rows(
     name: str, # One of `SCENARIOS`
     seed: int,
@@ -374,8 +392,8 @@ def scenario_rows(
     for method in METHODS:
         surrogate, seconds = fitted["one" if method == "na" else "ensemble"]
         start = time.process_time()
-        found = invert_surrogate(surrogate, wanted, method, alpha=alpha, beta=beta,
-                                 spread=scenario.spread, seed=seed)
+        search = Search(spread=scenario.spread, seed=seed)
+        found = invert_surrogate(surrogate, wanted, method, alpha=alpha, beta=beta, search=search)
         row = dict(scenario=name, seed=seed, method=method, alpha=alpha, beta=beta, targets=targets, steps=steps)
         row["cpu_seconds"] = seconds + time.process_time() - start
         rows.append(row | _judge(scenario, surrogate, found, wanted))
@@ -392,12 +410,14 @@ def _judge(scenario: Scenario, surrogate: SurrogateEnsemble, found: Inversion, w
                 said=said.mean().item(), in_box=inside.float().mean().item(),
                 error=[round(e, 6) for e in error.tolist()])
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #cd2c9c5d
+# %% ../../nbs/neighbours/04_surrogate.ipynb #365fc338
 ROWS = {"type": "object", "required": ["rows"], "properties": {"rows": {"type": "array"}}}
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #46bf2d56
 def _kept_rows(out: str | os.PathLike) -> list[dict]: # [] if there is no file
     return read_json(out, ROWS)["rows"] if Path(out).is_file() else []
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #cd2c9c5d
 def bench_surrogate(
     out: str | os.PathLike, # JSON file; its rows are kept
     *,
@@ -417,7 +437,7 @@ def bench_surrogate(
         write_json(out, dict(rows=rows))
     return rows
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #19821064
+# %% ../../nbs/neighbours/04_surrogate.ipynb #4d47a233
 def image_cost(
     logits: Tensor, # [S, N, K] of S ≥ 2 siblings
     labels: Tensor, # Wanted classes, int64 [N]
@@ -430,6 +450,7 @@ def image_cost(
     disagreement = _entropy(log_mean) - _entropy(log_p).mean(0)
     return wanted + alpha * disagreement
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #19821064
 def _entropy(log_p: Tensor) -> Tensor: return -(log_p.exp() * log_p).sum(-1) # [..., K] → [...], nats
 
 # %% ../../nbs/neighbours/04_surrogate.ipynb #4b838019
@@ -474,12 +495,13 @@ def ssim(a: Tensor, b: Tensor) -> Tensor: # float32 [N, C, H, W] in [−1, 1], t
     scale = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
     return (likeness / scale).mean((1, 2, 3))
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #839a55d9
+# %% ../../nbs/neighbours/04_surrogate.ipynb #1920e445
 class Nearness(NamedTuple):
     "How near images are to the nearest known image of their class, each [N]."
     pixels: Tensor # Root of the mean squared difference of values in [−1, 1]
     ssim: Tensor # Structural similarity, at most 1
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #839a55d9
 def nearness(
     images: Tensor, # float32 [N, C, H, W] in [−1, 1]
     labels: Tensor, # int64 [N]
@@ -495,7 +517,7 @@ def nearness(
         alike.append(ssim(image.expand_as(bank), bank).max())
     return Nearness(torch.stack(pixels), torch.stack(alike))
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #1a245420
+# %% ../../nbs/neighbours/04_surrogate.ipynb #ed0e8f9d
 def bridge_rows(
     siblings: Sequence[nn.Module], # Networks that must agree
     judge: nn.Module, # An independently trained network
@@ -516,11 +538,10 @@ def bridge_rows(
                      transfer=logits_of(judge, x).argmax(1) == labels, accepted=accepts(x),
                      disagreement=mutual_information(logits), pixels=near.pixels, ssim=near.ssim)
         means = {name: values.double().mean().item() for name, values in found.items()}
-        each = {f"{name}_each": [round(v, 5) for v in found[name].tolist()] for name in ("pixels", "ssim")}
-        rows.append(dict(alpha=alpha, steps=n, images=len(x), seed=seed) | means | each)
+        rows.append(dict(alpha=alpha, steps=n, images=len(x), seed=seed) | means)
     return rows
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #d771df62
+# %% ../../nbs/neighbours/04_surrogate.ipynb #a175ea8f
 def _guard(network: nn.Module, problem: Problem, seed: int) -> Callable[[Tensor], Tensor]:
     "Which images the layerwise detector of `network` accepts; 5 % of the second half of the held-out ones it does not."
     half = len(problem.held_out) // 2
@@ -531,13 +552,14 @@ def _guard(network: nn.Module, problem: Problem, seed: int) -> Callable[[Tensor]
     def accepts(x: Tensor) -> Tensor: return detector.predict(x) <= detector.threshold
     return accepts
 
+# %% ../../nbs/neighbours/04_surrogate.ipynb #d771df62
 def _pnn(network: nn.Module, problem: Problem, seed: int) -> list[nn.Module]:
     "Three siblings from learnt intervals, `network` the first."
     options = TrustOptions(steps=100, members=3, seed=seed)
     siblings = fit_problem(problem, network, options, progress=False)[0].drawn_siblings()
     return [private_copy(network, weights=siblings.weights(i), detach=True) for i in range(len(siblings))]
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #ed0e8f9d
+# %% ../../nbs/neighbours/04_surrogate.ipynb #b67be4c4
 def bench_bridge(
     out: str | os.PathLike, # JSON file; its rows are kept
     networks: Sequence[nn.Module], # Three, trained on the problem with different seeds
@@ -554,7 +576,8 @@ def bench_bridge(
     known = to_input(few.images), few.labels
     labels = torch.arange(problem.n_known).repeat_interleave(per_class)
     rows = _kept_rows(out)
-    todo = [seed for seed in range(3) if seed not in {r["seed"] for r in rows}]
+    done = {r["seed"] for r in rows}
+    todo = [seed for seed in range(3) if seed not in done]
     for seed in tqdm(todo, disable=not progress):
         start, source = time.process_time(), provenance()
         first, second, judge = networks[seed:] + networks[:seed]

@@ -78,7 +78,7 @@ def test_prediction_is_the_members_mean_and_variances(noisy_line):
 
 def test_inversion_finds_what_a_search_finds(noisy_line):
     targets = torch.tensor([[0.5], [-0.8]])
-    found = s.invert_surrogate(noisy_line, targets, "mean", tries=16, steps=100)
+    found = s.invert_surrogate(noisy_line, targets, "mean", search=s.Search(tries=16, steps=100))
     grid = torch.linspace(-2, 2, 4001)[:, None]
     for target, cost in zip(targets, found.cost):
         best = (noisy_line.predict(grid).mean - target).square().min()
@@ -87,7 +87,8 @@ def test_inversion_finds_what_a_search_finds(noisy_line):
 
 def test_the_boundary_loss_keeps_inputs_in_the_box(noisy_line):
     target, edges = torch.tensor([[0.9]]), (torch.tensor([-1.0]), torch.tensor([1.0]))  # sin 1.12
-    free, inside = (s.invert_surrogate(noisy_line, target, m, box=(-1, 1), tries=4, steps=60) for m in ("mean", "na"))
+    options = dict(box=(-1, 1), search=s.Search(4, 60))
+    free, inside = (s.invert_surrogate(noisy_line, target, m, **options) for m in ("mean", "na"))
     assert s.outside(inside.inputs, *edges) < 0.02 < s.outside(free.inputs, *edges)
     assert_close(s.outside(torch.tensor([[-2.0, 3.0]]), torch.tensor([-1.0, 0.0]), torch.tensor([1.0, 1.0])),
                  torch.tensor([3.0]))
@@ -95,7 +96,7 @@ def test_the_boundary_loss_keeps_inputs_in_the_box(noisy_line):
 
 def test_uncertain_inputs_cost(noisy_line):
     target = torch.tensor([[0.0]])
-    options = dict(alpha=1, beta=1, steps=60)
+    options = dict(alpha=1, beta=1, search=s.Search(steps=60))
     calm, any_ = (s.invert_surrogate(noisy_line, target, m, **options) for m in ("uana", "mean"))
     assert calm.predicted.aleatoric <= any_.predicted.aleatoric + 1e-4
     assert calm.inputs.item() < 0.1  # Zero is reached at the quiet side's edge
@@ -161,7 +162,7 @@ def test_a_bench_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 def test_a_scenario_has_a_row_for_each_method(monkeypatch):
     invert = s.invert_surrogate
-    monkeypatch.setattr(s, "invert_surrogate", lambda *a, **k: invert(*a, **k | dict(tries=2, steps=3)))
+    monkeypatch.setattr(s, "invert_surrogate", lambda *a, **k: invert(*a, **k | dict(search=s.Search(2, 3))))
     rows = s.scenario_rows("printer", 0, targets=3, steps=4)
     assert [r["method"] for r in rows] == list(s.METHODS)
     assert all(len(r["error"]) == 3 and 0 <= r["in_box"] <= 1 for r in rows)
@@ -179,7 +180,7 @@ def test_a_scenario_has_a_row_for_each_method(monkeypatch):
     (lambda e: s.invert_surrogate(e, torch.zeros(1, 1), "una"), "did you mean 'uana'"),
     (lambda e: s.invert_surrogate(e, torch.zeros(1, 1), alpha=-1), "alpha is -1"),
     (lambda e: s.invert_surrogate(e, torch.zeros(1, 1), "na", box=(1, 0)), "box is empty"),
-    (lambda e: s.invert_surrogate(e, torch.zeros(1, 1), tries=0), "tries is 0"),
+    (lambda e: s.invert_surrogate(e, torch.zeros(1, 1), search=s.Search(tries=0)), "tries is 0"),
     (lambda e: s.arm_data(1), "n is 1"),
     (lambda e: s.arm_data(9, noise=-1), "noise is -1"),
     (lambda e: s.invert_images([nn.Flatten()], torch.zeros(1), (1, 8, 8)), "1 sibling"),
