@@ -115,11 +115,17 @@ def acceptance_rows(
         right = (~detector.is_ood(control)).double().mean().item()
         yield dict(detector=name, accepted=accepted, images=len(images), control=right, control_images=len(control))
 
+# %% ../../nbs/neighbours/00_beliefs.ipynb #201069a8
+_MODEL = {"type": "object", "required": ["network", "sha256"], "properties": {
+    "network": {"type": "object"}, "sha256": {"type": "string"}}}
+_ROWS = {"type": "object", "required": ["rows"], "properties": {
+    "rows": {"type": "array", "items": {"type": "object", "required": ["data", "network", "wish", "seed"]}}}}
+
 # %% ../../nbs/neighbours/00_beliefs.ipynb #bfb29481
 def saved_network(folder: str | os.PathLike) -> nn.Module: # In eval mode
     "The network in a folder of `nioodd train`."
     folder = Path(folder)
-    info = read_json(folder / "model.json")
+    info = read_json(folder / "model.json", _MODEL)
     tensors = load_signed(folder / "model.safetensors", info["sha256"], "model.json")
     return rebuild_network(info["network"], {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()})
 
@@ -199,7 +205,7 @@ def bench_beliefs(
 ) -> list[dict]: # All rows
     "Inverts networks and judges what was found; goes on where it was interrupted."
     out = Path(out)
-    rows = read_json(out)["rows"] if out.is_file() else []
+    rows = read_json(out, _ROWS)["rows"] if out.is_file() else []
     for subject in chain.from_iterable(subjects(d, networks, 3, work, models, root) for d in data):
         for wish, seed, judge in _tasks(seeds):
             task = subject.data, subject.network, wish, seed
