@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'PLAIN', 'VARIANTS', 'total_variation', 'pixel_range', 'head_gradient_norm', 'network_gradient_norm',
            'reconstruct', 'ssim', 'bank', 'nearest_ssim', 'frechet', 'bootstrap_interval', 'judge', 'margins',
-           'stationarity', 'memorise', 'recall', 'even_or_odd', 'memory_row', 'judged_row', 'bench_reconstruct']
+           'stationarity', 'memorise', 'recall', 'even_or_odd', 'memory_row', 'judged_row', 'source_row',
+           'bench_reconstruct']
 
 # %% ../../nbs/neighbours/01_reconstruct.ipynb #599cc6a2
 import os
@@ -176,17 +177,18 @@ def bootstrap_interval(
 def judge(
     found: Inverted,
     subject: Subject, # Its network, witness, training and test images
-    of_each: int = 500, # Images of each class in each of the two banks
+    of_each: int = 400, # Images of each class in each of the two banks
     compared: int = 100, # The first so many images are compared with the banks
 ) -> dict:
     "How good images are, how alike, and whether they are more like training than like test images."
     some, labels = found.images[:compared], found.labels[:compared]
-    near = [nearest_ssim(some, labels, bank(s, of_each)) for s in (subject.train, subject.test)]
+    unseen = subject.test if subject.unseen is None else subject.unseen
+    near = [nearest_ssim(some, labels, bank(s, of_each)) for s in (subject.train, unseen)]
     real = features_of(subject.witness, subject.test.images[:1000])[1]
     distance = frechet(real, features_of(subject.witness, found.images)[1])
     kinds = diversity(features_of(subject.model, found.images)[1], found.labels, found.images)
     return dict(accuracy=found.accuracy, transfer=transfer(found, subject.witness), cosine=kinds.cosine,
-                ssim_train=near[0].mean().item(), ssim_test=near[1].mean().item(),
+                ssim_train=near[0].mean().item(), ssim_unseen=near[1].mean().item(),
                 more_train=(near[0] - near[1]).mean().item(), interval=bootstrap_interval(near[0] - near[1]),
                 frechet=distance, variation=total_variation(to_input(found.images)).mean().item())
 
@@ -282,22 +284,23 @@ def even_or_odd(
     return ImageSet(images.name, images.images[at], odd[at], ["even", "odd"])
 
 def memory_row(
-    train: ImageSet, # Digits; the last thousand gives the mean image
-    test: ImageSet,
+    digits: ImageSet, # Of one source; the last thousand gives the mean image
     n: int, # Images that are learnt, and as many are looked for
     seed: int = 0,
-) -> tuple[dict, Tensor]: # The row; uint8 [n, C, H, W], found
-    "Whether images found from the weights are more like the learnt ones than like test images."
-    learnt, unseen = even_or_odd(train[:-1000], n), even_or_odd(test, n)
-    mean = to_input(train.images[-1000:]).mean(0)
+) -> tuple[dict, Tensor, Tensor]: # The row; uint8 [n, C, H, W] twice, found and learnt
+    "Whether images found from the weights are more like the learnt ones than like others of the same source."
+    mean, digits = to_input(digits.images[-1000:]).mean(0), digits[:-1000]
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))
+    half = len(digits) // 2
+    learnt, unseen = even_or_odd(digits[order[:half]], n), even_or_odd(digits[order[half:]], n)
     x = to_input(learnt.images) - mean
     model = memorise(x, learnt.labels, seed=seed)
     loss = F.cross_entropy(model(x), learnt.labels).item()
     found, y, left = recall(model, n, mean, seed=seed)
     near = [nearest_ssim(found, y, images) for images in (learnt, unseen)]
     return dict(learnt=n, seed=seed, loss=loss, left=left, ssim_train=near[0].mean().item(),
-                ssim_test=near[1].mean().item(), more_train=(near[0] - near[1]).mean().item(),
-                interval=bootstrap_interval(near[0] - near[1])), found
+                ssim_unseen=near[1].mean().item(), more_train=(near[0] - near[1]).mean().item(),
+                interval=bootstrap_interval(near[0] - near[1])), found, learnt.images
 
 # %% ../../nbs/neighbours/01_reconstruct.ipynb #d0f15c7b
 PLAIN = dict(perturbed=0.0, variation=0.0, range=0.0, head_gradient=0.0)
@@ -314,6 +317,18 @@ def judged_row(subject: Subject, variant: str, seed: int) -> dict:
     seconds = time.process_time() - start
     about = dict(data=subject.data, network=subject.network, variant=variant, seed=seed, seconds=seconds)
     return about | judge(found, subject)
+
+# %% ../../nbs/neighbours/01_reconstruct.ipynb #50b25f77
+def source_row(
+    train: ImageSet,
+    test: ImageSet,
+    of_each: int = 400, # Images of each class in each bank
+) -> dict:
+    "Whether training images that are in no bank are more like other training images than like test images."
+    rest = train[-1000:][:100]
+    near = [nearest_ssim(rest.images, rest.labels, bank(s, of_each)) for s in (train[:-1000], test)]
+    return dict(ssim_train=near[0].mean().item(), ssim_test=near[1].mean().item(),
+                interval=bootstrap_interval(near[0] - near[1]))
 
 # %% ../../nbs/neighbours/01_reconstruct.ipynb #d948a54b
 _RESULTS = {"type": "object", "required": ["rows"], "properties": {"rows": {"type": "array"}}}
@@ -340,9 +355,11 @@ def bench_reconstruct(
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, made | dict(rows=rows))
 
-    train, test = load(data, "train", n=5000, **small), load(data, "test", **small)
+    full = [load(data, split, root=root) for split in ("train", "test")]
+    add(dict(control="source", data=data), lambda: source_row(*full))
+    digits = load(data, "train", n=5000, **small)
     for n, seed in product(learnt, seeds):
-        add(dict(learnt=n, seed=seed), lambda: memory_row(train, test, n, seed)[0])
+        add(dict(learnt=n, seed=seed), lambda: memory_row(digits, n, seed)[0])
     for subject in subjects(data, networks, 3, work, models, root):
         for seed, variant in product(seeds, variants):
             about = dict(data=data, network=subject.network, variant=variant, seed=seed)
