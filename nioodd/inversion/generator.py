@@ -135,10 +135,11 @@ def _entrance(n_inputs: int, side: int) -> nn.Sequential:
     to_map = nn.Unflatten(1, (128, side, side))
     return nn.Sequential(nn.Linear(n_inputs, n), nn.BatchNorm1d(n), nn.ReLU(), to_map)
 
-def _doubling(channels_in: int, channels_out: int) -> nn.Sequential:
-    "[N, channels_in, h, h] → [N, channels_out, 2h, 2h]."
+def _doubling(channels_in: int, channels_out: int, dropout: float) -> nn.Sequential:
+    "[N, channels_in, h, h] → [N, channels_out, 2h, 2h]; without a layer for no dropout."
     convolution = nn.ConvTranspose2d(channels_in, channels_out, 4, stride=2, padding=1)
-    return nn.Sequential(convolution, nn.BatchNorm2d(channels_out), nn.ReLU())
+    dropped = [nn.Dropout2d(dropout)] if dropout else []
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels_out), nn.ReLU(), *dropped)
 
 # %% ../../nbs/inversion/00_generator.ipynb #57d778cd
 _LEAST = dict(n_outputs=2, latent_dim=1, channels=1, size=8)
@@ -151,6 +152,8 @@ def _check_generator(generator: nn.Module) -> None:
         value = getattr(generator, name)
         if value < least:
             raise NiooddError(f"{name} of the generator is {value}; expected at least {least}")
+    if not 0 <= generator.dropout < 1:
+        raise NiooddError(f"dropout of the generator is {generator.dropout}; expected a share from 0 to below 1")
 
 # %% ../../nbs/inversion/00_generator.ipynb #e6748a4b
 class Generator(nn.Module):
@@ -158,24 +161,25 @@ class Generator(nn.Module):
 
     z [N, d], c [N, K], y int64 [N] → [N, C, size, size]. With the defaults every layer is the paper's;
     other sizes start from ceil(size/4) and keep the middle of the result. Raises `NiooddError` for an
-    unknown conditioning, n_outputs < 2, latent_dim < 1, channels < 1 and size < 8."""
+    unknown conditioning, n_outputs < 2, latent_dim < 1, channels < 1, size < 8 and dropout outside [0, 1)."""
     def __init__(self,
         n_outputs: int, # K, outputs of the classifier to be inverted
         latent_dim: int = 100, # d
         conditioning: str = "vector", # One of `CONDITIONINGS`
         channels: int = 1, # Of the image
         size: int = 28, # Height and width of the image in pixels, at least 8
+        dropout: float = 0.0, # Share of the channels that each doubling drops in training
     ):
         super().__init__()
         self.n_outputs, self.latent_dim, self.conditioning = n_outputs, latent_dim, conditioning
-        self.channels, self.size = channels, size
+        self.channels, self.size, self.dropout = channels, size, dropout
         _check_generator(self)
         self.embed = nn.Embedding(n_outputs, n_outputs) if conditioning == "label" else None
         n_inputs = latent_dim if conditioning == "matrix" else latent_dim + n_outputs
         self.project = _entrance(n_inputs, ceil(size / 4))
-        self.up1 = _doubling(128, 64)
+        self.up1 = _doubling(128, 64, dropout)
         self.matrix = MatrixCondition(64, n_outputs) if "matrix" in conditioning else None
-        self.up2 = _doubling(64, 32)
+        self.up2 = _doubling(64, 32, dropout)
         self.image = nn.Sequential(nn.Conv2d(32, channels, 3, padding=1), nn.Tanh())
 
     def forward(self, z: Tensor, c: Tensor, y: Tensor) -> Tensor:

@@ -252,7 +252,7 @@ class Broken(nn.Module):  # gives NaN only for images that are not grey
 
 @pytest.mark.parametrize("change, message", [
     (dict(n=0), "n is 0"), (dict(steps=0), "steps is 0"), (dict(batch_size=1), "batch_size is 1"),
-    (dict(n_outputs=3), "n_outputs is 3, but the classifier has 5"),
+    (dict(conditions=Conditions(0.5)), "temperature is 0.5, but a hard wish has none"),
     (dict(generator=GeneratorOptions("vectr")), "did you mean 'vector'"), (dict(size=28), "takes no image"),
     (dict(conditions=Conditions(temperature=-1)), "temperature is -1"),
     (dict(weights=dict(zip(TERMS, (1, -1, 1, 1)))), "loss weights"),
