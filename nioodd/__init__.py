@@ -12,7 +12,7 @@ import importlib
 NAMES = { # Name → module that has it
     "load": "core.datasets", "ImageSet": "core.images",
     "Detector": "core.detector", "LayerwiseDetector": "posthoc.layerwise",
-    "ScoreDetector": "posthoc.score_detector",
+    "ScoreDetector": "posthoc.score_detector", "GPDetector": "neighbours.gaussian_process",
     "Monitor": "posthoc.monitor", "ClassConditional": "posthoc.monitor",
     "GarbageDetector": "inversion.detector", "invert": "inversion.invert",
     "TrustIntervalDetector": "trust.detector", "TrustIntervals": "trust.intervals", "Siblings": "trust.siblings",

@@ -261,6 +261,13 @@ def one_call_each(loaded: dict) -> dict:
         "posthoc.layerwise": layers,
         "posthoc.score_detector": lambda m: m.ScoreDetector(model, "energy").fit(held_out=images).verdict(images),
         "posthoc.monitor": lambda m: m.Monitor(n=99).update_p(torch.full((3,), 0.01)),
+        "neighbours.beliefs": lambda m: m.PAPER,
+        "neighbours.reconstruct": lambda m: m.total_variation(blank),
+        "neighbours.binarised": lambda m: m.BinaryMLP((4, 3, 2)).eval()(torch.ones(2, 4)),
+        "neighbours.sat": lambda m: m.Clauses(),
+        "neighbours.surrogate": lambda m: m.SurrogateEnsemble(4, 2).fit(*m.arm_data(50), steps=2),
+        "neighbours.gaussian_process": lambda m: m.GaussianProcess().fit(torch.rand(20, 2), torch.rand(20)),
+        "neighbours.relatives": lambda m: m.Laplace(torch.randn(9, 3), torch.randn(9, 2)),
         "benchmark.recipes": lambda m: m.recipe_data(m.Recipe(data="digits5k", validation_images=500)),
         "benchmark.stress": lambda m: m.corrupted(images, "gaussian", 1),
         "benchmark.scoreboard": lambda m: m.scoreboard([], "C1", sets=["letters"]),
@@ -270,6 +277,8 @@ def one_call_each(loaded: dict) -> dict:
         "explore.ask": lambda m: m.networks({"one": detector}),
         "explore.inversion_studio": lambda m: m.InversionStudio(model, images).wait(),
         "app.export": lambda m: m.traced(detector, 28, 1),
+        "app.page": lambda m: m.RUNTIME.index("onnxruntime-web"),
+        "explore.open": lambda m: m.page_notebook(tool="ask", folder="runs/first"),
         "app.cli": lambda m: small_run(m.main),
     }
 

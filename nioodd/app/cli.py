@@ -757,6 +757,27 @@ def _bench_trust(a: argparse.Namespace) -> int:
     report = bench_trust(_device(a.device), networks, members, batches, **_limit(a))
     return _print_speed(a, "trust", report, "networks", "members", "batches", "seconds")
 
+@command("bench neighbours",
+    argument("chapter", choices=("beliefs", "reconstruct", "sat", "surrogate", "gp", "relatives"),
+             help="whose figures"),
+    argument("--out", default="results", metavar="FOLDER", help="CHAPTER.json goes there; rows that it has stay"),
+    argument("--models", default="runs", metavar="FOLDER", help="trained networks: C1-seed0, C1-seed1, C1-seed2"),
+    ROOT,
+    help="the figures of paper 1's neighbours: what a network believes, SAT, surrogates, Gaussian processes")
+def _bench_neighbours(a: argparse.Namespace) -> int:
+    "Runs what is missing in the file."
+    from nioodd.neighbours import beliefs, gaussian_process, reconstruct, relatives, sat, surrogate
+    out = Path(a.out) / f"{a.chapter}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if a.chapter == "beliefs": beliefs.bench_beliefs(out, models=a.models, root=a.root)
+    elif a.chapter == "reconstruct": reconstruct.bench_reconstruct(out, models=a.models, root=a.root)
+    elif a.chapter == "sat": sat.bench_sat(out)
+    elif a.chapter == "surrogate": surrogate.bench_surrogate(out)
+    elif a.chapter == "gp": gaussian_process.bench_gp(out, a.models, root=a.root)
+    else: relatives.bench_relatives(out, root=a.root)
+    print(f"results   {out}")
+    return 0
+
 @command("bench stream",
     argument("--out", metavar="FILE", default="stream.json", help="the JSON file"),
     argument("--sizes", default="32,224", metavar="32,224", help="of the images, pixels"),

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
+import nioodd.neighbours.relatives  # noqa: F401  It registers laplace and mc_dropout
 from nioodd.benchmark.recipes import (
     PAPER_NETWORKS,
     RECIPES,
