@@ -158,7 +158,7 @@ def _ortho(batch: GeneratedBatch, normalise: bool = True) -> Tensor:
 
 # %% ../../nbs/inversion/01_invert.ipynb #85cf568e
 @generator_loss("within", title="cosine within a class")
-def _within(batch: GeneratedBatch, enough: float = 0.75) -> Tensor:
+def _within(batch: GeneratedBatch, enough: float = 0.8) -> Tensor:
     "The images of each class are to differ: mean cosine of their features, by how much it is above `enough`."
     return (within_loss(batch.features, batch.labels) - enough).relu()
 
@@ -520,7 +520,7 @@ def image_shape(
 
 # %% ../../nbs/inversion/01_invert.ipynb #e1a02a57
 HARD_WEIGHTS = dict( # Of `invert`, unless the wish is soft
-    kl=0.0, ce=1000.0, cosine=0.0, ortho=0.0, within=3000.0, perturbed=1000.0, variation=1000.0)
+    kl=0.0, ce=1000.0, cosine=0.0, ortho=0.0, within=1500.0, perturbed=1000.0, variation=1000.0)
 PAPER_WEIGHTS = dict( # α, β, γ, δ of paper 1, §4.1.1
     kl=500.0, ce=500.0, cosine=6000.0, ortho=10.0, within=0.0, perturbed=0.0, variation=0.0)
 
