@@ -263,7 +263,7 @@ def one_call_each(loaded: dict) -> dict:
         "posthoc.monitor": lambda m: m.Monitor(n=99).update_p(torch.full((3,), 0.01)),
         "neighbours.beliefs": lambda m: m.PAPER,
         "neighbours.reconstruct": lambda m: m.total_variation(blank),
-        "neighbours.binarised": lambda m: m.BinaryMLP((4, 3, 2)).eval()(torch.ones(2, 4)),
+        "neighbours.binarised": lambda m: m.BinaryMLP((4, 3, 2)).eval()(torch.ones(2, 4, dtype=torch.bool)),
         "neighbours.sat": lambda m: m.Clauses(),
         "neighbours.surrogate": lambda m: m.SurrogateEnsemble(4, 2).fit(*m.arm_data(50), steps=2),
         "neighbours.gaussian_process": lambda m: m.GaussianProcess().fit(torch.rand(20, 2), torch.rand(20)),

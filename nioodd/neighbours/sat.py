@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as TooLate
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import isqrt
 from pathlib import Path
 
@@ -41,9 +42,8 @@ from ..posthoc.score_detector import ScoreDetector
 # %% ../../nbs/neighbours/03_sat.ipynb #dcb142ad
 def has_solver() -> bool:
     "Whether python-sat is installed."
-    try: import pysat.solvers # noqa: F401, I001
-    except ImportError: return False
-    return True
+    if find_spec("pysat") is None: return False # Another package, pysat, has the same folder
+    return find_spec("pysat.solvers") is not None
 
 # %% ../../nbs/neighbours/03_sat.ipynb #7cdf1e3b
 def _check_solver() -> None:
