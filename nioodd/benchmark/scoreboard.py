@@ -23,7 +23,6 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm.auto import tqdm
 
-import nioodd.neighbours.relatives  # noqa: F401  It registers laplace and mc_dropout
 from nioodd.benchmark.recipes import (
     PAPER_NETWORKS,
     RECIPES,
@@ -44,6 +43,7 @@ from ..core.options import check_shard
 from ..core.registry import Registry, patch
 from ..inversion.outliers import FAMILIES, outliers
 from ..neighbours.gaussian_process import GP_BASELINES
+from ..neighbours.relatives import RELATIVE_BASELINES
 from ..posthoc.baselines import BASELINES, Baseline, FitData, ensemble_score
 from ..posthoc.layerwise import LayerwiseDetector, whole_sum
 from ..posthoc.outputs import Outputs, fingerprint, kept_outputs, network_fingerprint
@@ -243,7 +243,8 @@ def _from_baseline(baseline: Baseline) -> None:
         def scores(of: str) -> Tensor: return score(inputs(of))
         return scores
 
-for _baseline in (*BASELINES.values(), *GP_BASELINES.values()): _from_baseline(_baseline)
+for _registry in (BASELINES, RELATIVE_BASELINES, GP_BASELINES):
+    for _baseline in _registry.values(): _from_baseline(_baseline)
 
 # %% ../../nbs/benchmark/02_scoreboard.ipynb #3316f0d5
 class Cell(NamedTuple):

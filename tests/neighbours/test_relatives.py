@@ -11,7 +11,7 @@ from nioodd.core.errors import NiooddError
 from nioodd.core.models import Classifier
 from nioodd.core.scores import msp
 from nioodd.neighbours import relatives as r
-from nioodd.posthoc.baselines import BASELINES, FitData
+from nioodd.posthoc.baselines import FitData
 from nioodd.posthoc.outputs import network_outputs
 
 
@@ -70,7 +70,7 @@ def data():
 
 
 def test_laplace_is_a_baseline(data):
-    score = BASELINES["laplace"].make(data)
+    score = r.RELATIVE_BASELINES["laplace"].make(data)
     o = data.outputs
     found = score(o)
     assert found.shape == (60,) and found.dtype == torch.float64
@@ -78,10 +78,10 @@ def test_laplace_is_a_baseline(data):
 
 
 def test_dropout_is_a_baseline_whose_score_is_that_of_the_image_alone(data):
-    score = BASELINES["mc_dropout"].make(data)
+    score = r.RELATIVE_BASELINES["mc_dropout"].make(data)
     found = score(data.images)
     assert_close(found[[5, 9]], score(data.images[[5, 9]]), atol=1e-4, rtol=1e-4)
-    assert_close(found, BASELINES["mc_dropout"].make(data)(data.images))
+    assert_close(found, r.RELATIVE_BASELINES["mc_dropout"].make(data)(data.images))
 
 
 def test_dropout_siblings_share_a_mask_and_keep_the_mean(data):
