@@ -10,6 +10,7 @@ import base64
 import html
 import json
 import os
+from math import log
 from pathlib import Path
 from string import Template
 
@@ -18,8 +19,8 @@ from .export import Exported
 from ..core.errors import NiooddError
 from ..core.files import read_bytes, write_atomic
 
-# %% ../../nbs/app/04_page.ipynb #8a275106
-_SCRIPT = """
+# %% ../../nbs/app/04_page.ipynb #38c670ae
+_READ = """
 import * as ort from "$runtime";
 const about = $about, side = about.size, channels = about.channels;
 const find = id => document.getElementById(id);
@@ -45,7 +46,10 @@ function pixels() { // Bytes [channels, side, side]: means of k × k pixels of t
   }
   return bytes;
 }
+"""
 
+# %% ../../nbs/app/04_page.ipynb #57a84ad3
+_JUDGE = """
 ort.env.wasm.numThreads = 1;
 ort.env.logLevel = "error";
 const model = Uint8Array.from(atob(find("model").textContent), c => c.charCodeAt(0));
@@ -62,7 +66,10 @@ function rate() { // From `least` to one half
   const place = Number(find("rate").value);
   return about.least ? about.least ** (1 - place) * 0.5 ** place : 0;
 }
+"""
 
+# %% ../../nbs/app/04_page.ipynb #8a275106
+_SHOW = """
 let asked = 0;
 async function show() {
   const turn = ++asked, now = rate(), verdict = await judge(pixels(), now);
@@ -141,14 +148,13 @@ def _for_script(value) -> str:
     "JSON that ends no script, whatever is in it."
     return json.dumps(value).replace("<", "\\u003c")
 
-# %% ../../nbs/app/04_page.ipynb #57a84ad3
+# %% ../../nbs/app/04_page.ipynb #f7a466f6
 def _slider(least: float, start: float = 0.05) -> float: # In [0, 1]
     "Where the slider stands for a rate: 0 is `least`, 1 is one half, and ratios of rates are distances."
-    from math import log
     start = min(0.5, max(start, least))
     return log(start / least) / log(0.5 / least) if least < 0.5 else 1.0
 
-# %% ../../nbs/app/04_page.ipynb #38c670ae
+# %% ../../nbs/app/04_page.ipynb #c5d47061
 def page_of(
     exported: Exported, # A detector in an .onnx file
     title: str = "Do you know this?",
@@ -161,7 +167,7 @@ def page_of(
     about = exported.about
     least = 1 / (1 + about["held_out"]) if exported.false_alarms is not None else None
     said = dict(size=exported.size, channels=exported.channels, classes=exported.classes, least=least)
-    script = Template(_SCRIPT).substitute(runtime=_for_script(runtime)[1:-1], about=_for_script(said))
+    script = Template(_READ + _JUDGE + _SHOW).substitute(runtime=_for_script(runtime)[1:-1], about=_for_script(said))
     known = len(exported.classes) if exported.classes else "its"
     start = _slider(least) if least else 0
     return Template(_PAGE).substitute(

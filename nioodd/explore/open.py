@@ -75,6 +75,11 @@ def _needs_sets(tool: str, m: Material) -> None:
         raise NiooddError(f"{tool} compares known images with unknown ones; expected {' and '.join(missing)}; "
                           "give the name of a set or folder:PATH, as --known folder:photos --unknown letters")
 
+# %% ../../nbs/explore/05_open.ipynb #1dfc0f10
+def _check_number(n: int) -> None:
+    "Raise `NiooddError` unless there is to be an image."
+    if n < 1: raise NiooddError(f"{n} images of each set are asked for; expected at least 1; say --images 300")
+
 # %% ../../nbs/explore/05_open.ipynb #f68d9a7d
 def open_explorer(
     tool: str, # One of `TOOLS`
@@ -86,6 +91,7 @@ def open_explorer(
 ) -> Explorer:
     "An explorer on a detector of one's own. Raises `NiooddError` for an unknown tool, folder or set."
     make = TOOLS[tool]
+    _check_number(n)
     detector = Detector.load(folder)
     how = read_preparation(preparation_of(detector.model), size=detector.size, channels=detector.channels)
 
@@ -122,7 +128,9 @@ def serve(
         raise NiooddError("voila is not installed; expected it to show a page; install it with: "
                           "pip install 'nioodd[explore]'")
     from nioodd.core.files import write_json
-    TOOLS[arguments["tool"]], Detector.load(arguments["folder"]) # What is wrong with them is said before the page opens
+    TOOLS[arguments["tool"]] # What is wrong with it, or with the folder, is said before the page opens
+    _check_number(arguments.get("n", 1))
+    Detector.load(arguments["folder"])
     arguments["folder"] = str(Path(arguments["folder"]).resolve())
     arguments |= {name: _absolute(arguments.get(name)) for name in ("known", "unknown")}
     with tempfile.TemporaryDirectory() as place:
