@@ -768,10 +768,9 @@ def _bench_neighbours(a: argparse.Namespace) -> int:
     "Runs what is missing in the file."
     from nioodd.neighbours import beliefs, gaussian_process, reconstruct, relatives, sat, surrogate
     out = Path(a.out) / f"{a.chapter}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
     if a.chapter == "beliefs": beliefs.bench_beliefs(out, models=a.models, root=a.root)
     elif a.chapter == "reconstruct": reconstruct.bench_reconstruct(out, models=a.models, root=a.root)
-    elif a.chapter == "sat": sat.bench_sat(out)
+    elif a.chapter == "sat": sat.bench_sat(out, root=a.root)
     elif a.chapter == "surrogate": surrogate.bench_surrogate(out)
     elif a.chapter == "gp": gaussian_process.bench_gp(out, a.models, root=a.root)
     else: relatives.bench_relatives(out, root=a.root)

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..core.datasets import KNOWN_CLASSES, Problem, known_and_unknown, load_problem
-from ..core.detector import NETWORK, Detector, describe_network, rebuild_network
+from ..core.detector import NETWORK, Detector, describe_network, signed_network
 from ..core.errors import NiooddError, unknown
 from nioodd.core.files import (
     ResumableFolder,
-    load_signed,
     provenance,
     restore_checkpoint,
     save_checkpoint,
@@ -330,7 +329,7 @@ def load_classifier(
     belong together."""
     folder = Path(folder)
     if (folder / "detector.json").is_file(): return _load_from_detector(folder)
-    info, weights = CLASSIFIER.read(folder), folder / "model.safetensors"
+    info = CLASSIFIER.read(folder)
     if info["status"] != "finished":
         raise NiooddError(f"{folder} holds an unfinished training "
                           f"({info.get('epochs_done', '?')} of {info.get('epochs', '?')} epochs are logged); "
@@ -338,6 +337,4 @@ def load_classifier(
     if info["format"] > FORMAT:
         raise NiooddError(f"{folder}/model.json has format {info['format']}; "
                           f"this version reads up to {FORMAT}; update nioodd")
-    tensors = load_signed(weights, info["sha256"], "model.json")
-    tensors = {k: t.float() if t.dtype == torch.float16 else t for k, t in tensors.items()}
-    return rebuild_network(info["network"], tensors), info | dict(garbage=False)
+    return signed_network(folder, info), info | dict(garbage=False)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'PREPARATION', 'NETWORK', 'DESCRIPTION', 'IN_MEMORY', 'COPIES', 'NEARER', 'ood_api', 'DETECTORS',
-           'load_weights', 'describe_network', 'rebuild_network', 'write_detector', 'read_detector', 'read_batch',
-           'id_batches', 'known_images', 'all_images', 'shared_images', 'check_held_out', 'kind_of_images',
-           'conformal_p_values', 'rank_for', 'threshold_for', 'Detector', 'in_memory', 'check_share',
+           'load_weights', 'describe_network', 'rebuild_network', 'signed_network', 'write_detector', 'read_detector',
+           'read_batch', 'id_batches', 'known_images', 'all_images', 'shared_images', 'check_held_out',
+           'kind_of_images', 'conformal_p_values', 'rank_for', 'threshold_for', 'Detector', 'in_memory', 'check_share',
            'checked_p_values', 'benjamini_hochberg', 'detector_class', 'check_sorted_scores']
 
 # %% ../../nbs/core/12_detector.ipynb #7385a1e2
@@ -146,6 +146,16 @@ def rebuild_network(
     load_weights(bare(model), tensors)
     if description["channels_last"]: model = model.to(memory_format=torch.channels_last)
     return (model if preparation is None else Prepared(model, preparation)).eval()
+
+# %% ../../nbs/core/12_detector.ipynb #6f2c6be6
+def signed_network(
+    folder: str | os.PathLike, # With model.safetensors
+    info: dict[str, Any], # `network` from `describe_network`, and `sha256` of the weights
+) -> nn.Module: # In eval mode; weights that were kept in half precision are float32
+    "The network that model.json describes. Raises `NiooddError` for weights of another, and as `rebuild_network`."
+    tensors = load_signed(Path(folder) / "model.safetensors", info["sha256"], "model.json")
+    tensors = {k: t.float() if t.dtype == torch.float16 else t for k, t in tensors.items()}
+    return rebuild_network(info["network"], tensors)
 
 # %% ../../nbs/core/12_detector.ipynb #f2c042fe
 FORMAT = 2 # Of detector.json; a higher one is refused. 2: with a preparation

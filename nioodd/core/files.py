@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STALE', 'MOST_JSON', 'PACKAGES', 'write_atomic', 'whole_folder', 'read_bytes', 'parse_json', 'check_schema',
-           'read_json', 'write_json', 'write_json_lines', 'read_json_lines', 'with_prefix', 'tensors_content',
-           'save_tensors', 'parse_tensors', 'load_tensors', 'save_signed', 'load_signed', 'map_tensors',
-           'optimiser_tensors', 'restore_optimiser', 'save_checkpoint', 'restore_checkpoint', 'ResumableFolder',
-           'check_empty', 'locked', 'commit', 'provenance']
+           'read_json', 'write_json', 'write_json_lines', 'kept_rows', 'read_json_lines', 'with_prefix',
+           'tensors_content', 'save_tensors', 'parse_tensors', 'load_tensors', 'save_signed', 'load_signed',
+           'map_tensors', 'optimiser_tensors', 'restore_optimiser', 'save_checkpoint', 'restore_checkpoint',
+           'ResumableFolder', 'check_empty', 'locked', 'commit', 'provenance']
 
 # %% ../../nbs/core/10_files.ipynb #58d6495d
 import contextlib
@@ -210,6 +210,16 @@ def write_json(path: str | os.PathLike, value: dict) -> Path:
 def write_json_lines(path: str | os.PathLike, rows: list[dict]) -> Path:
     "Write a log, an object per line, atomically."
     return write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+# %% ../../nbs/core/10_files.ipynb #fd7ba5f3
+def kept_rows(
+    path: str | os.PathLike, # A result file, to which a later run adds
+    *keys: str, # What every row must have
+) -> list[dict]: # [] if there is no file
+    "The `rows` of a result file. Raises `NiooddError` for a file of something else."
+    row = {"type": "object", "required": list(keys)}
+    schema = {"type": "object", "required": ["rows"], "properties": {"rows": {"type": "array", "items": row}}}
+    return read_json(path, schema)["rows"] if Path(path).is_file() else []
 
 # %% ../../nbs/core/10_files.ipynb #6617b11c
 def read_json_lines(

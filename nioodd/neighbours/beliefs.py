@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ..core.datasets import load, split_held_out
-from ..core.detector import Detector, rebuild_network
-from ..core.files import load_signed, load_tensors, provenance, read_json, save_tensors, write_json
+from ..core.detector import Detector, signed_network
+from ..core.files import kept_rows, load_tensors, provenance, read_json, save_tensors, write_json
 from ..core.forward import features_of, logits_of
 from ..core.images import ImageSet
 from ..core.models import architecture
@@ -123,16 +123,11 @@ def acceptance_rows(
 # %% ../../nbs/neighbours/00_beliefs.ipynb #201069a8
 _MODEL = {"type": "object", "required": ["network", "sha256"], "properties": {
     "network": {"type": "object"}, "sha256": {"type": "string"}}}
-_ROWS = {"type": "object", "required": ["rows"], "properties": {
-    "rows": {"type": "array", "items": {"type": "object", "required": ["data", "network", "wish", "seed"]}}}}
 
 # %% ../../nbs/neighbours/00_beliefs.ipynb #bfb29481
 def saved_network(folder: str | os.PathLike) -> nn.Module: # In eval mode
     "The network in a folder of `nioodd train`."
-    folder = Path(folder)
-    info = read_json(folder / "model.json", _MODEL)
-    tensors = load_signed(folder / "model.safetensors", info["sha256"], "model.json")
-    return rebuild_network(info["network"], {k: t.float() if t.is_floating_point() else t for k, t in tensors.items()})
+    return signed_network(folder, read_json(Path(folder) / "model.json", _MODEL))
 
 def kept_network(
     train: ImageSet,
@@ -143,7 +138,6 @@ def kept_network(
     "The C1 network of `train_quickly`, read if it was kept."
     file = Path(work) / f"{train.name}-{seed}.safetensors"
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
         save_tensors(file, train_quickly(train[:images], seed).state_dict())
     channels, size = train.images.shape[1:3]
     network = architecture("C1", len(train.classes), channels, size)
@@ -209,15 +203,13 @@ def bench_beliefs(
     progress: bool = True, # Print each row
 ) -> list[dict]: # All rows
     "Inverts networks and judges what was found; goes on where it was interrupted."
-    out = Path(out)
-    rows = read_json(out, _ROWS)["rows"] if out.is_file() else []
+    rows = kept_rows(out, "data", "network", "wish", "seed")
     for subject in chain.from_iterable(subjects(d, networks, 3, work, models, root) for d in data):
         for wish, seed, judge in _tasks(seeds):
             task = subject.data, subject.network, wish, seed
             if any(task == (r["data"], r["network"], r["wish"], r["seed"]) for r in rows): continue
             about = provenance()
             rows += [row | dict(commit=about["commit"]) for row in rows_of(subject, wish, seed, judge)]
-            out.parent.mkdir(parents=True, exist_ok=True)
             write_json(out, about | dict(rows=rows))
             if progress: print(*task, flush=True)
     return rows

@@ -25,9 +25,9 @@ from tqdm.auto import tqdm
 
 # %% ../../nbs/neighbours/05_gaussian_process.ipynb #8b4b707d
 from ..core.datasets import SOURCES, evenly, load, load_problem, source_name
-from ..core.detector import Detector, conformal_p_values, rebuild_network
+from ..core.detector import Detector, conformal_p_values, signed_network
 from ..core.errors import NiooddError, unknown
-from ..core.files import commit, load_tensors, provenance, read_json, write_json
+from ..core.files import commit, kept_rows, provenance, read_json, write_json
 from ..core.forward import Images, take
 from ..core.metrics import ood_metrics
 from ..core.registry import Registry, patch
@@ -606,7 +606,6 @@ SYNTHETIC = tuple(f"outliers:{name}" for name in FAMILIES if name != "gaussian")
 
 # %% ../../nbs/neighbours/05_gaussian_process.ipynb #524d972c
 _TRAINED = {"type": "object", "required": ["network", "recipe", "sha256"]} # Of model.json
-_RESULTS = {"type": "object", "required": ["rows"]}
 
 # %% ../../nbs/neighbours/05_gaussian_process.ipynb #6a8ac2df
 CANDIDATES = { # Settings to choose from
@@ -632,7 +631,7 @@ class _Trained:
     "A trained network and its outputs on named sets, which are kept in `work`."
     def __init__(self, folder: Path, root, work: Path, images: int):
         info = read_json(folder / "model.json", _TRAINED)
-        self.model = rebuild_network(info["network"], load_tensors(folder / "model.safetensors")[0])
+        self.model = signed_network(folder, info)
         recipe, size = info["recipe"], info["network"]["arguments"]["size"]
         self.problem = load_problem(recipe["data"], size=size, channels=1, root=root,
                                     validation_images=recipe["validation_images"])
@@ -735,15 +734,14 @@ def bench_gp(
     progress: bool = True,
 ) -> list[dict]: # All rows
     "Choice of settings, and results on far sets. Raises `NiooddError` where networks or data are missing."
-    out, networks = Path(out), Path(networks)
-    rows = read_json(out, _RESULTS)["rows"] if out.is_file() else []
+    rows = kept_rows(out, "kind", "seed", "part")
     done = {(r["kind"], r["seed"], r["part"]) for r in rows}
     parts = [("choice", name) for name in CANDIDATES]
     parts += [("far", name) for name in (*VARIANTS, "controls")]
     todo = [(seed, *part) for seed in seeds for part in parts if (part[0], seed, part[1]) not in done]
     trained, at = None, None
     for seed, kind, name in tqdm(todo, disable=not progress):
-        if at != seed: trained = _Trained(networks / f"C1-seed{seed}", root, Path(work), images)
+        if at != seed: trained = _Trained(Path(networks) / f"C1-seed{seed}", root, Path(work), images)
         at = seed
         start = time.perf_counter()
         found = _rows_of(trained, kind, name)

@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from torch.func import functional_call, grad, vmap
 
 from ..core.datasets import load
 from ..core.errors import NiooddError
-from ..core.files import provenance, read_json, write_json
+from ..core.files import kept_rows, provenance, write_json
 from ..core.forward import features_of
 from ..core.images import ImageSet, to_input, to_uint8
 from ..core.training import seeded
@@ -331,8 +330,6 @@ def source_row(
                 interval=bootstrap_interval(near[0] - near[1]))
 
 # %% ../../nbs/neighbours/01_reconstruct.ipynb #d948a54b
-_RESULTS = {"type": "object", "required": ["rows"], "properties": {"rows": {"type": "array"}}}
-
 def bench_reconstruct(
     out: str | os.PathLike, # A JSON file; rows that it has stay
     data: str = "mnist",
@@ -345,14 +342,12 @@ def bench_reconstruct(
     root: str | os.PathLike | None = None, # Where the data are
 ) -> list[dict]: # All rows
     "Networks that remember, then reconstructions with each loss left out; goes on where it was interrupted."
-    out, small = Path(out), dict(size=14, root=root)
-    rows = read_json(out, _RESULTS)["rows"] if out.is_file() else []
+    rows, small = kept_rows(out), dict(size=14, root=root)
 
     def add(about: dict, row: Callable[[], dict]) -> None:
         if any(about.items() <= r.items() for r in rows): return
         made = provenance()
         rows.append(about | row() | dict(commit=made["commit"]))
-        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, made | dict(rows=rows))
 
     full = [load(data, split, root=root) for split in ("train", "test")]

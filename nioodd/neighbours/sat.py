@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isqrt
 from pathlib import Path
+from typing import NamedTuple
 
 # %% ../../nbs/neighbours/03_sat.ipynb #56e80697
 import torch
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 # %% ../../nbs/neighbours/03_sat.ipynb #95ea8151
 from ..core.datasets import load
 from ..core.errors import NiooddError, unknown
-from ..core.files import provenance, read_json, write_atomic, write_json
+from ..core.files import kept_rows, provenance, read_json, write_atomic, write_json
 from ..core.models import Classifier
 from ..core.registry import Registry, patch
 from ..core.training import seeded, train_epoch
@@ -711,19 +712,25 @@ def accepted(
     return shares | dict(agrees=(logits.argmax(1) == labels).double().mean().item())
 
 # %% ../../nbs/neighbours/03_sat.ipynb #186c55fd
-def _digits(split: str, side: int) -> tuple[Tensor, Tensor]: # bool [N, side²], int64 [N]
+class _Work(NamedTuple):
+    "Where things are."
+    folder: Path # Trained networks
+    root: str | os.PathLike | None # MNIST
+
+# %% ../../nbs/neighbours/03_sat.ipynb #6b60af1d
+def _digits(work: _Work, split: str, side: int) -> tuple[Tensor, Tensor]: # bool [N, side²], int64 [N]
     "MNIST as bits, and its labels."
-    digits = load("mnist", split)
+    digits = load("mnist", split, root=work.root)
     return binarise(digits.images, side), digits.labels
 
 # %% ../../nbs/neighbours/03_sat.ipynb #acd7439c
-def _trained(side: int, hidden: int, fan_in: int | None, seed: int) -> tuple[IntegerNetwork, dict]:
+def _trained(work: _Work, side: int, hidden: int, fan_in: int | None, seed: int) -> tuple[IntegerNetwork, dict]:
     "A network for MNIST, and how well it does on the test digits."
     start = time.process_time()
     with seeded(seed): network = BinaryMLP((side**2, hidden, 10), fan_in)
-    exact = train_binarised(network, *_digits("train", side), seed=seed).integers()
+    exact = train_binarised(network, *_digits(work, "train", side), seed=seed).integers()
     seconds = time.process_time() - start
-    bits, labels = _digits("test", side)
+    bits, labels = _digits(work, "test", side)
     answers = exact.predict(bits)
     with torch.no_grad(): same = (network(bits).argmax(1) == answers).double().mean().item()
     right = (answers == labels).double().mean().item()
@@ -736,10 +743,10 @@ def _kept(network: IntegerNetwork, about: dict, file: Path) -> None:
     write_json(file.with_suffix(".json"), about)
 
 # %% ../../nbs/neighbours/03_sat.ipynb #9ee1612b
-def _network(work: Path, side: int, hidden: int, fan_in: int | None, seed: int) -> tuple[IntegerNetwork, dict]:
+def _network(work: _Work, side: int, hidden: int, fan_in: int | None, seed: int) -> tuple[IntegerNetwork, dict]:
     "A trained network, from a file if it is there."
-    file = work / f"{side}-{hidden}-{fan_in}-{seed}.safetensors"
-    if not file.with_suffix(".json").is_file(): _kept(*_trained(side, hidden, fan_in, seed), file)
+    file = work.folder / f"{side}-{hidden}-{fan_in}-{seed}.safetensors"
+    if not file.with_suffix(".json").is_file(): _kept(*_trained(work, side, hidden, fan_in, seed), file)
     return IntegerNetwork.load(file), read_json(file.with_suffix(".json"), {"type": "object"})
 
 # %% ../../nbs/neighbours/03_sat.ipynb #ad1abc45
@@ -749,33 +756,33 @@ def _asked(result: SatImages) -> dict: # For JSON
                 variables=result.size[0], clauses=result.size[1])
 
 # %% ../../nbs/neighbours/03_sat.ipynb #6a90cb86
-def _sparse(work: Path, seed: int, limit: float) -> dict:
+def _sparse(work: _Work, seed: int, limit: float) -> dict:
     "Accuracy, and inversions of every class: plain, and like digits."
     network, about = _network(work, 14, 200, 16, seed)
-    priors = priors_of(_digits("train", 14)[0])
+    priors = priors_of(_digits(work, "train", 14)[0])
     plain = [_asked(invert_sat(network, k, time_limit=limit)) for k in range(10)]
     like = [_asked(invert_sat(network, k, priors=priors, time_limit=limit)) for k in range(10)]
     return about | dict(ink=priors.ink, smooth=priors.smooth, plain=plain, like_digits=like)
 
-# %% ../../nbs/neighbours/03_sat.ipynb #6b60af1d
-def _apart(work: Path, seed: int, limit: float) -> dict:
+# %% ../../nbs/neighbours/03_sat.ipynb #4bf94dca
+def _apart(work: _Work, seed: int, limit: float) -> dict:
     "Twenty images of three classes, 60 pixels apart."
     network, _ = _network(work, 14, 200, 16, seed)
     question = dict(n=20, apart=60, time_limit=limit, solver="glucose4")
     return dict(question=question, answers=[_asked(invert_sat(network, k, **question)) for k in (0, 3, 7)])
 
 # %% ../../nbs/neighbours/03_sat.ipynb #c44419eb
-def _inference(work: Path, seed: int, limit: float) -> dict:
+def _inference(work: _Work, seed: int, limit: float) -> dict:
     "A thousand test digits, by the solver and in whole numbers."
     network, _ = _network(work, 14, 200, 16, seed)
-    bits, start = _digits("test", 14)[0][:1000], time.process_time()
+    bits, start = _digits(work, "test", 14)[0][:1000], time.process_time()
     same = (infer(network, bits) == network.predict(bits)).sum().item()
     return dict(images=len(bits), equal=same, own_seconds=time.process_time() - start)
 
-def _certificates(work: Path, seed: int, limit: float) -> dict:
+def _certificates(work: _Work, seed: int, limit: float) -> dict:
     "Twenty test digits, every flip of up to three pixels."
     network, about = _network(work, 28, 64, None, seed)
-    found = [certify(network, image, 3, time_limit=limit) for image in _digits("test", 28)[0][:20]]
+    found = [certify(network, image, 3, time_limit=limit) for image in _digits(work, "test", 28)[0][:20]]
     rows = [dict(status=c.status, free=c.free, seconds=c.seconds) for c in found]
     return about | dict(radius=3, certificates=rows, mean_seconds=sum(c.seconds for c in found) / 20)
 
@@ -788,12 +795,12 @@ def _all_same(network: IntegerNetwork, image: Tensor, radius: int) -> bool:
     if radius == 1: return True
     return all((network.predict(image ^ one ^ single) == own).all() for one in single)
 
-def _brute_force(work: Path, seed: int, limit: float) -> dict:
+def _brute_force(work: _Work, seed: int, limit: float) -> dict:
     "Certificates against brute force: one flip of 100 digits, two flips of 5."
     network, _ = _network(work, 28, 64, None, seed)
     rows = []
     for radius, n in ((1, 100), (2, 5)):
-        for image in _digits("test", 28)[0][:n]:
+        for image in _digits(work, "test", 28)[0][:n]:
             status = certify(network, image, radius, time_limit=limit).status
             rows.append(dict(radius=radius, status=status, robust=_all_same(network, image, radius)))
     agree = [(r["status"] == "robust") == r["robust"] and r["status"] != "unknown" for r in rows]
@@ -801,7 +808,7 @@ def _brute_force(work: Path, seed: int, limit: float) -> dict:
     return dict(digits=(100, 5), agree=(sum(agree[:100]), sum(agree[100:])), robust_at_1=robust)
 
 # %% ../../nbs/neighbours/03_sat.ipynb #87e6d8a2
-def _encodings(work: Path, seed: int, limit: float) -> dict:
+def _encodings(work: _Work, seed: int, limit: float) -> dict:
     "Which encoding finds an image of three classes sooner: on dense networks and on a sparse one."
     rows = []
     for hidden, fan_in in ((16, None), (32, None), (64, 16), (200, 16)):
@@ -811,12 +818,12 @@ def _encodings(work: Path, seed: int, limit: float) -> dict:
             rows.append(dict(hidden=hidden, fan_in=fan_in, accuracy=about["accuracy"], encoding=encoding, asked=asked))
     return dict(limit=limit, rows=rows)
 
-def _accepted(work: Path, seed: int, limit: float) -> dict:
+def _accepted(work: _Work, seed: int, limit: float) -> dict:
     "What detectors around an ordinary network say of inverted images, and of the controls."
     network, _ = _network(work, 14, 200, 16, seed)
-    bits, labels = _digits("train", 14)
+    bits, labels = _digits(work, "train", 14)
     detectors = binary_detectors(bits[:20_000], labels[:20_000], seed=seed)
-    test, answers = (part[:2000] for part in _digits("test", 14))
+    test, answers = (part[:2000] for part in _digits(work, "test", 14))
     with seeded(seed): sets = {"test digits": (test, answers), "shuffled digits": (_shuffled(test), answers)}
     sets |= _inverted_sets(network, priors_of(bits), test, answers, limit)
     rows = [dict(set=name, images=len(x)) | accepted(detectors, x, y) for name, (x, y) in sets.items() if len(x)]
@@ -838,11 +845,11 @@ def _joined(results: list[SatImages]) -> tuple[Tensor, Tensor]: # bool [images, 
     labels = [torch.full((len(r.bits),), r.label) for r in results]
     return torch.cat([r.bits for r in results]), torch.cat(labels)
 
-# %% ../../nbs/neighbours/03_sat.ipynb #4bf94dca
-def _loop(work: Path, seed: int, limit: float) -> dict:
+# %% ../../nbs/neighbours/03_sat.ipynb #18b242d2
+def _loop(work: _Work, seed: int, limit: float) -> dict:
     "Eight rounds of `exact_loop` on 10,000 digits."
-    bits, labels = _digits("train", 14)
-    test, answers = _digits("test", 14)
+    bits, labels = _digits(work, "train", 14)
+    test, answers = _digits(work, "test", 14)
     question = dict(n=5, apart=20, time_limit=limit)
     rows = []
     for r in exact_loop(bits[:10_000], labels[:10_000], priors_of(bits), rounds=8, seed=seed, **question):
@@ -855,27 +862,27 @@ def _loop(work: Path, seed: int, limit: float) -> dict:
 PARTS = dict(sparse=_sparse, apart=_apart, certificates=_certificates, accepted=_accepted, loop=_loop,
              inference=_inference, brute_force=_brute_force, encodings=_encodings)
 
-# %% ../../nbs/neighbours/03_sat.ipynb #18b242d2
+# %% ../../nbs/neighbours/03_sat.ipynb #e333bd37
 def bench_sat(
     out: str | os.PathLike, # JSON file; rows that are in it are kept
     *,
     seeds: Sequence[int] = (0, 1, 2), # Of the networks
     parts: Sequence[str] = tuple(PARTS),
     work: str | os.PathLike = "runs/sat", # Trained networks; may be deleted
+    root: str | os.PathLike | None = None, # Where MNIST is
     time_limit: float = 60., # Seconds by the clock for each question
     progress: bool = True,
 ) -> Path: # `out`
     "Binarised networks and a solver on MNIST: a row for each part and seed. Needs python-sat and MNIST."
     _check_solver()
-    out, work = Path(out), Path(work)
-    rows = read_json(out, {"type": "object", "required": ["rows"]})["rows"] if out.is_file() else []
+    rows, place = kept_rows(out, "part", "seed"), _Work(Path(work), root)
     done = {(row["part"], row["seed"]) for row in rows}
     if odd := set(parts) - PARTS.keys(): raise unknown("part", min(odd), PARTS)
     wanted = [(part, seed) for part in parts for seed in seeds if (part, seed) not in done]
     for part, seed in tqdm(wanted, disable=not progress):
         start = time.process_time()
-        row = PARTS[part](work, seed, time_limit)
+        row = PARTS[part](place, seed, time_limit)
         head = dict(part=part, seed=seed, data="mnist", commit=provenance()["commit"], time_limit=time_limit)
         rows.append(head | row | dict(own_seconds=time.process_time() - start))
         write_json(out, dict(provenance=provenance(), rows=rows))
-    return out
+    return Path(out)
