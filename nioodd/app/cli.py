@@ -758,8 +758,8 @@ def _bench_trust(a: argparse.Namespace) -> int:
     return _print_speed(a, "trust", report, "networks", "members", "batches", "seconds")
 
 @command("bench neighbours",
-    argument("chapter", choices=("beliefs", "reconstruct", "sat", "surrogate", "gp", "relatives"),
-             help="whose figures"),
+    argument("chapter", choices=("beliefs", "reconstruct", "sat", "surrogate", "bridge", "gp", "relatives"),
+             help="whose figures; bridge is the second half of surrogate"),
     argument("--out", default="results", metavar="FOLDER", help="CHAPTER.json goes there; rows that it has stay"),
     argument("--models", default="runs", metavar="FOLDER", help="trained networks: C1-seed0, C1-seed1, C1-seed2"),
     ROOT,
@@ -772,10 +772,18 @@ def _bench_neighbours(a: argparse.Namespace) -> int:
     elif a.chapter == "reconstruct": reconstruct.bench_reconstruct(out, models=a.models, root=a.root)
     elif a.chapter == "sat": sat.bench_sat(out, root=a.root)
     elif a.chapter == "surrogate": surrogate.bench_surrogate(out)
+    elif a.chapter == "bridge": _bench_bridge(out, a)
     elif a.chapter == "gp": gaussian_process.bench_gp(out, a.models, root=a.root)
     else: relatives.bench_relatives(out, root=a.root)
     print(f"results   {out}")
     return 0
+
+def _bench_bridge(out: Path, a: argparse.Namespace) -> None:
+    "Three networks of `nioodd train C1`, and the images of the first."
+    from nioodd.benchmark.recipes import load_classifier, read_recipe, recipe_data
+    from nioodd.neighbours.surrogate import bench_bridge
+    folders = [Path(a.models) / f"C1-seed{seed}" for seed in range(3)]
+    bench_bridge(out, [load_classifier(folder)[0] for folder in folders], recipe_data(read_recipe(folders[0]), a.root))
 
 @command("bench stream",
     argument("--out", metavar="FILE", default="stream.json", help="the JSON file"),

@@ -101,16 +101,17 @@ def reconstruct(
 def _local_mean(x: Tensor, window: int) -> Tensor: return F.avg_pool2d(x, window, 1)
 
 def ssim(
-    a: Tensor, # uint8 [N, C, H, W]
-    b: Tensor, # uint8 [M, C, H, W]
+    a: Tensor, # uint8 [N, C, H, W], or floats in [−1, 1]
+    b: Tensor, # [M, C, H, W] of the same kind
     window: int = 7, # Side, pixels
-) -> Tensor: # float64 [N, M]
+) -> Tensor: # float64 [N, M]; of floats another number than of their bytes, since a mean of 0 is grey there
     "Structural similarity of every image of `a` with every image of `b`. `NiooddError` for images that do not fit."
-    if a.dtype != torch.uint8 or b.dtype != torch.uint8 or a.shape[1:] != b.shape[1:] or min(a.shape[2:]) < window:
+    if a.dtype != b.dtype or a.shape[1:] != b.shape[1:] or min(a.shape[2:]) < window:
         raise NiooddError(f"images are {a.dtype} {list(a.shape)} and {b.dtype} {list(b.shape)}; expected two uint8 "
-                          f"[N, C, H, W] of one size, of at least {window} pixels")
+                          f"or two float [N, C, H, W] of one size, of at least {window} pixels")
+    span = 255 if a.dtype == torch.uint8 else 2
+    n, c1, c2 = window**2, (0.01 * span) ** 2, (0.03 * span) ** 2
     a, b = a.double(), b.double()
-    n, (c1, c2) = window**2, (2.55**2, 7.65**2)
     mean_b = _local_mean(b, window)
     var_b = (_local_mean(b**2, window) - mean_b**2) * n / (n - 1)
     rows = []

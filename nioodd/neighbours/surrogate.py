@@ -6,8 +6,8 @@
 __all__ = ['ARM', 'ARM_SPREAD', 'INKS', 'PAPER', 'YULE_NIELSEN', 'LOG_VARIANCES', 'METHODS', 'SCENARIOS', 'PAIRS', 'planar_arm',
            'arm_data', 'transmittances', 'printer', 'printer_data', 'Prediction', 'SurrogateEnsemble', 'Method',
            'Inversion', 'outside', 'Search', 'invert_surrogate', 'neural_adjoint', 'Scenario', 'scenario_rows',
-           'bench_surrogate', 'bench_weights', 'image_cost', 'invert_images', 'ssim', 'Nearness', 'nearness',
-           'bridge_rows', 'bench_bridge']
+           'bench_surrogate', 'bench_weights', 'image_cost', 'invert_images', 'Nearness', 'nearness', 'bridge_rows',
+           'bench_bridge']
 
 # %% ../../nbs/neighbours/04_surrogate.ipynb #3698b4d5
 import math
@@ -30,6 +30,7 @@ from ..core.files import kept_rows, provenance, write_json
 from ..core.forward import call_network, logits_of, private_copy
 from ..core.images import to_input
 from ..core.registry import Registry, patch
+from .reconstruct import ssim
 from ..posthoc.layerwise import LayerwiseDetector
 from ..trust.agreement import mutual_information
 from ..trust.detector import TrustOptions, fit_problem
@@ -463,11 +464,10 @@ def image_cost(
     log_p = logits.double().log_softmax(-1)
     log_mean = log_p.logsumexp(0) - math.log(len(logits))
     wanted = -log_mean.gather(1, labels[:, None])[:, 0]
-    disagreement = _entropy(log_mean) - _entropy(log_p).mean(0)
-    return wanted + alpha * disagreement
+    return wanted + alpha * mutual_information(logits)
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #19821064
-def _entropy(log_p: Tensor) -> Tensor: return -(log_p.exp() * log_p).sum(-1) # [..., K] → [...], nats
+# %% ../../nbs/neighbours/04_surrogate.ipynb #77bb31ac
+#| export
 
 # %% ../../nbs/neighbours/04_surrogate.ipynb #4b838019
 @torch.enable_grad()
@@ -499,18 +499,6 @@ def invert_images(
         optimiser.step()
     return z.tanh().detach()
 
-# %% ../../nbs/neighbours/04_surrogate.ipynb #a4751228
-def ssim(a: Tensor, b: Tensor) -> Tensor: # float32 [N, C, H, W] in [−1, 1], twice → [N]
-    "Structural similarity: windows of 7 × 7 pixels, unbiased variances, constants 0.01 and 0.03 of the range."
-    def local(x: Tensor) -> Tensor: return F.avg_pool2d(x, 7, 1)
-    unbiased, c1, c2 = 49 / 48, (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    mean_a, mean_b = local(a), local(b)
-    var_a, var_b = (unbiased * (local(x * x) - m * m) for x, m in ((a, mean_a), (b, mean_b)))
-    covariance = unbiased * (local(a * b) - mean_a * mean_b)
-    likeness = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
-    scale = (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-    return (likeness / scale).mean((1, 2, 3))
-
 # %% ../../nbs/neighbours/04_surrogate.ipynb #1920e445
 class Nearness(NamedTuple):
     "How near images are to the nearest known image of their class, each [N]."
@@ -530,7 +518,7 @@ def nearness(
         bank = known[known_labels == label]
         if not len(bank): raise NiooddError(f"no known image of class {int(label)}; expected some of each")
         pixels.append((bank - image).square().mean((1, 2, 3)).min().sqrt())
-        alike.append(ssim(image.expand_as(bank), bank).max())
+        alike.append(ssim(image[None], bank).max())
     return Nearness(torch.stack(pixels), torch.stack(alike))
 
 # %% ../../nbs/neighbours/04_surrogate.ipynb #ed0e8f9d

@@ -1,9 +1,11 @@
 "The command line: its grammar and its help, what it prints, mistakes in one line; a detector exported and scored."
 import argparse
+import inspect
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -167,3 +169,21 @@ def test_an_interruption_and_a_reader_that_has_gone(monkeypatch, capsys):
     def interrupted(a): raise KeyboardInterrupt("go on with: this")
     monkeypatch.setitem(COMMANDS, "data", COMMANDS["data"]._replace(run=interrupted))
     assert main(["data"]) == 130 and "nioodd: interrupted; go on with: this" in capsys.readouterr().err
+
+
+def test_the_neighbours_figures_go_where_they_are_wanted(monkeypatch, tmp_path, capsys):
+    from nioodd.neighbours import beliefs, gaussian_process, reconstruct, relatives, sat, surrogate
+    asked, root = {}, str(tmp_path/"data")
+    modules = dict(beliefs=beliefs, reconstruct=reconstruct, sat=sat, surrogate=surrogate, gp=gaussian_process,
+                   relatives=relatives)
+    for name, module in modules.items():
+        takes = inspect.signature(getattr(module, f"bench_{name}"))
+        def called(*args, name=name, takes=takes, **kwargs): asked[name] = takes.bind(*args, **kwargs)
+        monkeypatch.setattr(module, f"bench_{name}", called)
+        assert main(["bench", "neighbours", name, "--out", str(tmp_path), "--models", "nets", "--root", root]) == 0
+        given = asked[name].arguments
+        assert Path(given["out"]) == tmp_path/f"{name}.json" and given.get("root", root) == root
+        assert {given.get(k, "nets") for k in ("models", "networks")} == {"nets"}
+    assert {name for name, of in asked.items() if "root" in of.arguments} == {*modules} - {"surrogate"}
+    capsys.readouterr()
+    assert "C1-seed0" in error(capsys, "bench", "neighbours", "bridge", "--models", tmp_path/"none", "--out", tmp_path)

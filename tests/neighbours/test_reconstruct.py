@@ -73,6 +73,17 @@ def test_ssim_against_scikit_image(channels):
             assert found[i, j].item() == pytest.approx(wanted, abs=1e-9)
 
 
+def test_ssim_of_floats_against_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics")
+    torch.manual_seed(0)
+    a, b = torch.rand(2, 4, 1, 16, 16) * 2 - 1
+    b = (a + b) / 2
+    for x, y, found in zip(a, b, ssim(a, b).diagonal()):
+        expected = metrics.structural_similarity(x[0].numpy(), y[0].numpy(), data_range=2)
+        assert abs(expected - found.item()) < 1e-5
+    with pytest.raises(NiooddError, match="expected two uint8"): ssim(a, (b * 127).byte())
+
+
 def test_frechet_against_scipy():
     linalg = pytest.importorskip("scipy.linalg")
     torch.manual_seed(0)

@@ -117,21 +117,12 @@ def test_image_cost_and_its_gradient():
     assert torch.autograd.gradcheck(lambda z: s.image_cost(z, labels, 2.0), (logits,))
 
 
-def test_ssim_equals_scikit_images():
-    metrics = pytest.importorskip("skimage.metrics")
-    a, b = torch.rand(2, 4, 1, 16, 16) * 2 - 1
-    b = (a + b) / 2
-    for x, y, found in zip(a, b, s.ssim(a, b)):
-        expected = metrics.structural_similarity(x[0].numpy(), y[0].numpy(), data_range=2)
-        assert abs(expected - found.item()) < 1e-5
-
-
 def test_nearness_is_that_of_the_nearest_of_the_class():
     known = torch.rand(6, 1, 8, 8) * 2 - 1
     labels = torch.tensor([0, 0, 0, 1, 1, 1])
     found = s.nearness(known[[1, 4]], labels[[1, 4]], known, labels)
     assert_close(found.pixels, torch.zeros(2))
-    assert_close(found.ssim, torch.ones(2))
+    assert_close(found.ssim, torch.ones(2, dtype=torch.float64))
     assert (s.nearness(known[[1]], torch.tensor([1]), known, labels).pixels > 0).all()
 
 
