@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/benchmark/03_own.ipynb #32123b75
 from .scoreboard import DETECTORS, Cell, TrainedNetwork, in_shard, read_rows, run_detectors, summarise
-from ..core.datasets import Problem, evenly, load
+from ..core.datasets import Problem, evenly, evenly_spaced, load
 from ..core.detector import Detector
 from ..core.errors import NiooddError
 from ..core.forward import as_input, call_network, preparation_of, private_copy
@@ -33,7 +33,7 @@ def some_images(name: str, split: str, n: int, preparation: Preparation, root) -
     if not name.startswith("folder:"):
         return evenly(load(name, split, root=root, size=preparation.size, channels=preparation.channels), n)
     listing = list_folder(Path(name.removeprefix("folder:")), split)
-    chosen = torch.arange(min(n, len(listing.paths))) * len(listing.paths) // min(n, len(listing.paths))
+    chosen = evenly_spaced(len(listing.paths), n)
     images = read_images([listing.paths[i] for i in chosen], preparation=preparation)
     labels = None if listing.labels is None else listing.labels[chosen]
     return ImageSet(listing.name, images, labels, listing.classes)

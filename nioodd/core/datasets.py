@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'SOURCES', 'NOISE_IMAGES', 'NOISE_TEST', 'SPLITS', 'LETTERS', 'GLYPHS_AT_ONCE', 'NOISES', 'KNOWN_CLASSES',
            'data_root', 'Source', 'data_set', 'files_under', 'in_package', 'Availability', 'available', 'classes_of',
-           'source_name', 'load', 'noise', 'known_and_unknown', 'Problem', 'split_held_out', 'load_problem', 'evenly']
+           'source_name', 'load', 'noise', 'known_and_unknown', 'Problem', 'split_held_out', 'load_problem',
+           'evenly_spaced', 'evenly']
 
 # %% ../../nbs/core/06_datasets.ipynb #6a958612
 import hashlib
@@ -948,6 +949,11 @@ def load_problem(
     return Problem(train, test, {s.name: s for s in ood}, held_out, {s.name: s for s in validation})
 
 # %% ../../nbs/core/06_datasets.ipynb #af93c3f4
+def evenly_spaced(total: int, n: int) -> Tensor: # int64 [min(n, total)]
+    "At most n of the numbers 0 … total − 1, evenly spaced."
+    n = min(n, total)
+    return torch.arange(n) * total // max(n, 1)
+
 def evenly(s: ImageSet, n: int) -> ImageSet:
     "At most n images of `s`, evenly spaced, so that a set sorted by class gives all classes."
-    return s if len(s) <= n else s[torch.arange(n) * len(s) // n]
+    return s if len(s) <= n else s[evenly_spaced(len(s), n)]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 # %% ../../nbs/neighbours/05_gaussian_process.ipynb #8b4b707d
-from ..core.datasets import SOURCES, evenly, load, load_problem, source_name
+from ..core.datasets import SOURCES, evenly, evenly_spaced, load, load_problem, source_name
 from ..core.detector import Detector, conformal_p_values, signed_network
 from ..core.errors import NiooddError, unknown
 from ..core.files import commit, kept_rows, provenance, read_json, write_json
@@ -138,17 +138,12 @@ def fit(self: GaussianProcess,
     "Learn θ by maximum likelihood, solve for all points. Raises `NiooddError` as `check_points`."
     x, y = check_points(x, y, self.separable)
     self.mean = y.mean() if self.centred else y.new_zeros(())
-    some = _evenly(len(x), learn_from or len(x))
-    if theta is None: theta = 2 * torch.pdist(x[_evenly(len(x), 300)]).square().median()
+    some = evenly_spaced(len(x), learn_from or len(x))
+    if theta is None: theta = 2 * torch.pdist(x[evenly_spaced(len(x), 300)]).square().median()
     theta = torch.as_tensor(theta, dtype=torch.float64).expand(x.shape[1] if self.separable else 1)
     nugget = self.nugget
     if learn: theta, nugget = self._most_likely(x[some], y[some] - self.mean, theta, steps)
     return self._take(x, y, theta, nugget)
-
-# %% ../../nbs/neighbours/05_gaussian_process.ipynb #f37b429f
-def _evenly(n: int, wanted: int) -> Tensor:
-    "So many indices of n, evenly spread; all if there are fewer."
-    return torch.arange(min(n, wanted)) * n // min(n, wanted)
 
 # %% ../../nbs/neighbours/05_gaussian_process.ipynb #258e522c
 @patch
@@ -225,7 +220,7 @@ def principal_axes(
     """The axes of the largest variance.
 
     Raises `NiooddError` where images, or directions in which they differ, are fewer than the rank."""
-    z = features[_evenly(len(features), n)].double()
+    z = features[evenly_spaced(len(features), n)].double()
     mean = z.mean(0)
     if rank is None: return Axes(mean, None)
     if not 1 <= rank < len(z):
@@ -588,7 +583,7 @@ def _row(name: str, settings: Settings, score: str, said: str, reference: str = 
     "A score of Gaussian processes under the name of a row."
     def build(data: FitData):
         fitted = ClassProcesses(settings).fit(data.outputs, data.labels)
-        some = _evenly(data.held_out_outputs.n, 2000) # As many as the authors'
+        some = evenly_spaced(data.held_out_outputs.n, 2000) # As many as the authors'
         scores = GPScores(fitted, reference).compare(data.held_out_outputs[some])
         def score_parts(o: Outputs): return [scores(o, score)]
         return score_parts
@@ -664,7 +659,7 @@ class _Timed:
         self.compared, self.left = held_out[: held_out.n // 2], held_out[held_out.n // 2:]
         start = time.process_time()
         processes = ClassProcesses(settings).fit(train, train.logits.argmax(1))
-        some = _evenly(self.compared.n, 2000)
+        some = evenly_spaced(self.compared.n, 2000)
         self.scores = GPScores(processes, reference).compare(self.compared[some])
         self.fit_seconds, self.rate = time.process_time() - start, 0.
 

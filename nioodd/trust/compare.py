@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..core.datasets import evenly, load
+from ..core.datasets import evenly, evenly_spaced, load
 from ..core.errors import NiooddError
 from ..core.files import provenance, write_atomic
 from ..core.forward import as_input, call_network, parameters_of, private_copy
@@ -124,7 +124,7 @@ def _describe_intervals(model: nn.Module, sigma: dict[str, Tensor], n: int = 24)
     weights, scale, found = dict(model.named_parameters()), scales(model, norm=True), {}
     for k, s in sigma.items():
         flat = s.flatten().double()
-        some = torch.arange(min(n, len(flat))) * len(flat) // min(n, len(flat))
+        some = evenly_spaced(len(flat), n)
         ratios = flat[:: max(1, len(flat) // _QUANTILES_OF)] / scale[k]
         quantiles = ratios.quantile(torch.linspace(0, 1, 21).double())
         weight = weights[k].detach().flatten()[some]
