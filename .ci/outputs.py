@@ -206,7 +206,9 @@ def output_faults(o) -> list[str]:
     data, found = o.get("data", {}), []
     if o.output_type == "error": found.append(f"an error, {o.ename}")
     if WIDGET in data: found.append("a widget, which shows nothing without a kernel")
-    if is_bar(o.get("text", "")): found.append("a progress bar")
+    text = "".join(map(str, [o.get("text", ""), data.get("text/plain", "")]))
+    if is_bar(text): found.append("a progress bar")
+    if place := re.search(r"/(?:tmp|var/folders)/[^\s'\",)]*", text): found.append(f"a temporary folder, {place[0]}")
     wrong = [kind for kind in MAGIC.keys() & data.keys() if not base64.b64decode(data[kind]).startswith(MAGIC[kind])]
     return found + [f"a picture that is not {kind}" for kind in sorted(wrong)]
 

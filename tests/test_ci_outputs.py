@@ -124,6 +124,7 @@ def test_committed_form():
 @pytest.mark.parametrize("output, word", [
     (new_output("error", ename="ValueError", evalue="no", traceback=[]), "ValueError"),
     (picture(**{"image/png": "bm90IG9uZQ=="}), "not image/png"),
+    (printed("in /tmp" + "/tmpab12cd34 there is none"), "a temporary folder"),
     (printed(BAR, "stderr"), "progress bar"),
 ])
 def test_faults(output, word):
