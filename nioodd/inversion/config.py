@@ -114,6 +114,8 @@ class ConditionFields:
         "one-hot conditions; then only cross-entropy and cosine similarity count")
     wanted: str = option("all",
         "outputs that the generator is asked for: all, or only the known classes", ("all", "known"))
+    mixtures: float = option(0.0,
+        "share of the conditions that ask for two outputs equally", low=0.0, high=1.0)
 
 # %% ../../nbs/inversion/03_config.ipynb #bf7c12b0
 @dataclass(frozen=True)
@@ -184,9 +186,9 @@ LETTERS = dict(kl="alpha", ce="beta", cosine="gamma", ortho="delta") # Loss → 
 
 @patch(property)
 def loss_weights(self: Config) -> dict[str, float]:
-    "Loss → weight. With hard conditions only cross-entropy and cosine similarity count."
+    "Loss → weight. With hard conditions and without mixtures only cross-entropy and cosine similarity count."
     weights = {name: getattr(self, field) for name, field in LETTERS.items()}
-    if self.hard: weights |= dict(kl=0.0, ortho=0.0)
+    if self.hard and not self.mixtures: weights |= dict(kl=0.0, ortho=0.0)
     return weights | _other_losses(self.losses)
 
 @patch(property)
@@ -198,13 +200,13 @@ def loss_options(self: Config) -> dict[str, dict]:
 def stored_config(
     values: dict, # As `to_dict` made them
 ) -> Config:
-    """The configuration of a saved run. Runs older than `losses` have none.
+    """The configuration of a saved run. Runs older than `losses` and `mixtures` have none.
 
     Raises `NiooddError` for an unknown or a missing option, and for what is no dictionary."""
     if not isinstance(values, dict):
         raise NiooddError(f"the stored options are a {type(values).__name__}; expected names and values; "
                           "the file is damaged: start a new run")
-    return from_dict(Config, dict(losses=[]) | values)
+    return from_dict(Config, dict(losses=[], mixtures=0.0) | values)
 
 # %% ../../nbs/inversion/03_config.ipynb #567a90b5
 PRESETS = Registry("preset") # Name → (what it is, configuration)

@@ -64,6 +64,21 @@ def _given_labels(
     return labels.long()
 
 # %% ../../nbs/inversion/00_generator.ipynb #9f87a986
+def _check_mixtures(share: float, n_allowed: int) -> None:
+    "Raise `NiooddError` for a share outside [0, 1], and for fewer than two outputs to mix."
+    if not 0 <= share <= 1: raise NiooddError(f"mixtures is {share}; expected a share from 0 to 1")
+    if n_allowed < 2: raise NiooddError("mixtures need two outputs that may be wanted, but there is 1; exclude fewer")
+
+def _with_mixtures(c: Tensor, y: Tensor, allowed: Tensor, share: float) -> Tensor: # [n, K]
+    "`c` with the given share of its rows replaced: one half for `y`, one half for another of `allowed`."
+    place = (allowed[None] == y[:, None]).int().argmax(1)
+    step = torch.randint(1, len(allowed), (len(y),), device=y.device)
+    other = allowed[(place + step) % len(allowed)]
+    both = (F.one_hot(y, c.shape[1]) + F.one_hot(other, c.shape[1])).to(c.dtype) / 2
+    chosen = torch.rand(len(y), device=y.device) < share
+    return torch.where(chosen[:, None], both, c)
+
+# %% ../../nbs/inversion/00_generator.ipynb #6106ca9f
 def sample_conditions(
     n: int, # How many
     n_outputs: int, # K, at least 2
@@ -72,30 +87,34 @@ def sample_conditions(
     hard: bool = False, # c is the one-hot vector of y
     labels: str | Tensor | Sequence[int] | None = None, # Wanted y [n]; "balanced": in turn; None: random
     exclude: Iterable[int] = (), # Outputs that are never wanted; negative: counted from the end
+    mixtures: float = 0.0, # Share of the conditions that ask for two outputs equally; y is one of them
     device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]: # c float32 [n, K], rows are probability vectors; y int64 [n]
     """Conditions `c = softmax(v/T)`, `v ~ N(0, I)`, and wanted outputs `y = argmax c`.
 
     By torch's global RNG (paper 1, §2.1.1 and §3.12). Raises `NiooddError` for n < 1, fewer than
-    2 outputs, a temperature that is not above 0, and labels that cannot be wanted."""
+    2 outputs, a temperature that is not above 0, labels that cannot be wanted, a share outside
+    [0, 1], and mixtures of fewer than two outputs."""
     if n < 1: raise NiooddError(f"n is {n}; expected at least 1 sample")
     if n_outputs < 2:
         raise NiooddError(f"n_outputs is {n_outputs}; a classifier has at least 2 outputs")
     if not 0 < temperature < float("inf"):
         raise NiooddError(f"temperature is {temperature}; expected a number above 0, as the paper's 1")
     allowed = torch.tensor(_allowed_outputs(exclude, n_outputs), device=device)
+    if mixtures: _check_mixtures(mixtures, len(allowed))
     v = torch.randn(n, n_outputs, device=device)
     if labels is None: y = allowed[v[:, allowed].argmax(1)]
     else: y = _given_labels(labels, n, allowed)
-    if hard: return F.one_hot(y, n_outputs).to(v.dtype), y
-    return (_exchange(v, y) / temperature).softmax(1), y
+    c = F.one_hot(y, n_outputs).to(v.dtype) if hard else (_exchange(v, y) / temperature).softmax(1)
+    return _with_mixtures(c, y, allowed, mixtures) if mixtures else c, y
 
-# %% ../../nbs/inversion/00_generator.ipynb #d642dd3f
+# %% ../../nbs/inversion/00_generator.ipynb #7707d717
 class Conditions(NamedTuple):
     "How conditions are drawn: options of `sample_conditions`."
     temperature: float = 1.0 # T > 0; below 1 the condition is sharper
     hard: bool = False # One-hot conditions
     exclude: Sequence[int] = () # Outputs that are never wanted; negative: counted from the end
+    mixtures: float = 0.0 # Share of the conditions that ask for two outputs equally
 
 # %% ../../nbs/inversion/00_generator.ipynb #f765eccd
 def condition_matrix(

@@ -378,7 +378,7 @@ def _conditions(self: Loop) -> Conditions:
     "What is asked of the generator."
     c = self.config
     never = () if c.wanted == "all" else (self.n_outputs - 1,)
-    return Conditions(c.temperature, c.hard, exclude=never)
+    return Conditions(c.temperature, c.hard, exclude=never, mixtures=c.mixtures)
 
 # %% ../../nbs/inversion/05_loop.ipynb #d214a670
 @patch
