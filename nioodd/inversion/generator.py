@@ -116,6 +116,10 @@ class Conditions(NamedTuple):
     exclude: Sequence[int] = () # Outputs that are never wanted; negative: counted from the end
     mixtures: float = 0.0 # Share of the conditions that ask for two outputs equally
 
+    def sample(self, n: int, n_outputs: int, **options) -> tuple[Tensor, Tensor]: # As `sample_conditions`
+        "`n` conditions, and what is wanted."
+        return sample_conditions(n, n_outputs, **self._asdict(), **options)
+
 # %% ../../nbs/inversion/00_generator.ipynb #f765eccd
 def condition_matrix(
     y: Tensor, # Wanted outputs, int64 [N]

@@ -256,7 +256,7 @@ def _generate(
 ) -> GeneratedBatch: # With gradients, in float32
     "`n` generated images, and what the classifier says of them."
     device = next(generator.parameters()).device
-    c, y = sample_conditions(n, generator.n_outputs, **conditions._asdict(), device=device)
+    c, y = conditions.sample(n, generator.n_outputs, device=device)
     with autocast(precision, device):
         images = generator.sample(c, y)
         # A copy, since some networks write to their input
@@ -400,7 +400,7 @@ def draw(
     if n < 1 or batch_size < 1:
         raise NiooddError(f"n is {n} and batch_size {batch_size}; expected at least 1")
     k, device = generator.n_outputs, next(generator.parameters()).device
-    c, y = sample_conditions(n, k, **conditions._asdict(), labels=labels)
+    c, y = conditions.sample(n, k, labels=labels)
     order = _drawing_order(n, mode, y)
     images, logits = [], []
     generator, classifier = frozen(generator, "train" if mode == "mixed" else "eval"), frozen(classifier)

@@ -13,7 +13,7 @@ FIELDS = """id_set ood_sets ood_split train_images size channels eval_images val
 dropout batch_size lr weight_decay schedule average shift class_weights precision
 noise noise_images fresh_noise pretrain_epochs rounds epochs_per_round inversion
 conditioning latent_dim generator_steps generator_batch generator_lr generator_beta1 generator_restart
-alpha beta gamma delta kl_direction normalise_features losses frozen_mode temperature hard wanted
+alpha beta gamma delta kl_direction normalise_features losses frozen_mode temperature hard wanted mixtures
 samples draw_mode exclude collapse_guard pixel_images pixel_steps pixel_lr select trust_steps seed""".split()
 
 
