@@ -270,6 +270,8 @@ def one_call_each(loaded: dict) -> dict:
         "neighbours.relatives": lambda m: m.Laplace(torch.randn(9, 3), torch.randn(9, 2)),
         "benchmark.recipes": lambda m: m.recipe_data(m.Recipe(data="digits5k", validation_images=500)),
         "benchmark.stress": lambda m: m.corrupted(images, "gaussian", 1),
+        "benchmark.worth": lambda m: m.paired_effect([1, 2], [0, 0]),
+        "benchmark.heads": lambda m: m.new_head(torch.randn(9, 3), 2)(torch.randn(4, 3)),
         "benchmark.scoreboard": lambda m: m.scoreboard([], "C1", sets=["letters"]),
         "explore.explorer": lambda m: m.Explorer().wait(),
         "explore.threshold_desk": lambda m: m.ThresholdDesk(scores, scores).wait(),

@@ -785,6 +785,26 @@ def _bench_bridge(out: Path, a: argparse.Namespace) -> None:
     folders = [Path(a.models) / f"C1-seed{seed}" for seed in range(3)]
     bench_bridge(out, [load_classifier(folder)[0] for folder in folders], recipe_data(read_recipe(folders[0]), a.root))
 
+@command("bench worth",
+    argument("study", choices=("pairs", "heads"),
+             help="pairs: the whole loop beside its control; heads: on the fixed backbones of --networks"),
+    argument("--networks", default="cifar10-split0-seed0", metavar="A,B",
+             help="of heads: folders of `nioodd train` in --models"),
+    argument("--models", default="runs", metavar="FOLDER", help="where they are"),
+    argument("--seeds", default="0,1,2,3,4", metavar="0,1", help="one pair for each"),
+    argument("--out", default="results", metavar="FOLDER", help="STUDY.json goes there; rows that it has stay"),
+    ROOT,
+    help="what inversion is worth: runs beside controls that differ in nothing else")
+def _bench_worth(a: argparse.Namespace) -> int:
+    "Runs what is missing in the file."
+    from nioodd.benchmark.heads import bench_heads
+    from nioodd.benchmark.worth import bench_worth
+    out, seeds = Path(a.out) / f"{a.study}.json", _numbers("--seeds", a.seeds)
+    if a.study == "pairs": bench_worth(out, seeds=seeds, root=a.root)
+    else: bench_heads(out, [Path(a.models) / name for name in a.networks.split(",")], seeds, root=a.root)
+    print(f"results   {out}")
+    return 0
+
 @command("bench stream",
     argument("--out", metavar="FILE", default="stream.json", help="the JSON file"),
     argument("--sizes", default="32,224", metavar="32,224", help="of the images, pixels"),

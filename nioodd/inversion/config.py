@@ -144,7 +144,7 @@ class Config(ExclusionFields, ConditionFields, LossFields, GeneratorFields,
 
     Raises `NiooddError` for the first value that its field does not allow."""
     select: str = option("last",
-        "which round is kept: the last one, or the best one on validation images",
+        "which round is kept: the last one, or the best one on validation images, judged with its neighbours",
         ("last", "validation"))
     trust_steps: int = option(0,
         "training steps of trust intervals around the classifier before the loop, for comparison; "

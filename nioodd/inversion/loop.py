@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['COLLAPSED', 'QUANTILES', 'AT_ONCE', 'BLOCK', 'RUN', 'MOST_FEATURES', 'config_problem', 'judge', 'describe_drawn',
-           'climb', 'likeness', 'typical_likeness', 'Loop', 'read_run', 'round_files', 'run']
+           'climb', 'likeness', 'typical_likeness', 'Loop', 'read_run', 'round_files', 'with_neighbours', 'best_round',
+           'run']
 
 # %% ../../nbs/inversion/05_loop.ipynb #e330b4f3
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -619,12 +620,20 @@ def _rounds(loop: Loop, out: Path, info: dict, started: float) -> None:
             detected = [f"{name} {metrics['detected']:.0%}" for name, metrics in row["ood"].items()]
             bar.set_postfix_str(", ".join(detected))
 
-# %% ../../nbs/inversion/05_loop.ipynb #022bd2ea
-def _best_round(loop: Loop) -> int:
-    "The round that is kept."
-    if loop.config.select == "last": return len(loop.rows) - 1
-    errors = [row["validation"]["error"] for row in loop.rows]
+# %% ../../nbs/inversion/05_loop.ipynb #06899de3
+def with_neighbours(errors: Sequence[float]) -> list[float]:
+    "Each value as the mean of itself, the one before and the one after; two values at the ends."
+    windows = [errors[max(0, r - 1):r + 2] for r in range(len(errors))]
+    return [sum(window) / len(window) for window in windows]
+
+def best_round(rows: Sequence[dict]) -> int: # Number of the round
+    "The round with the least validation error, mean of itself and its neighbours. Of rows of `metrics.jsonl`."
+    errors = with_neighbours([row["validation"]["error"] for row in rows])
     return errors.index(min(errors))
+
+def _kept_round(loop: Loop) -> int:
+    "The round that is kept."
+    return len(loop.rows) - 1 if loop.config.select == "last" else best_round(loop.rows)
 
 # %% ../../nbs/inversion/05_loop.ipynb #0c5c8c74
 def _save_detector(loop: Loop, out: Path) -> str:
@@ -640,10 +649,10 @@ def _save_detector(loop: Loop, out: Path) -> str:
     detector.save(out)
     return source
 
-# %% ../../nbs/inversion/05_loop.ipynb #06899de3
+# %% ../../nbs/inversion/05_loop.ipynb #a57d41bd
 def _finish(loop: Loop, out: Path, info: dict) -> None:
     "Choose a round, judge all images with it, and keep it as a detector."
-    best = _best_round(loop)
+    best = _kept_round(loop)
     loop.judged.load_state_dict(load_tensors(_round_file(out, "classifiers", best))[0])
     info["best_round"] = best
     info["before"] = load_tensors(out / "logits/before.safetensors")[1]["row"]

@@ -54,3 +54,22 @@ def test_given_labels_are_kept():
     for hard in (False, True):
         c, y = sample_conditions(4, 5, labels=labels, hard=hard)
         assert y.equal(labels) and c.argmax(1).equal(labels)
+
+
+def test_mixtures_ask_for_two_allowed_outputs_and_leave_the_random_stream_without_them():
+    torch.manual_seed(0)
+    c, y = sample_conditions(400, 6, exclude=[2, -1], mixtures=1.0)
+    assert set(c.unique().tolist()) == {0.0, 0.5} and ((c > 0).sum(1) == 2).all() and (c[:, [2, 5]] == 0).all()
+    assert (c[range(400), y] == 0.5).all()
+    partners = c.masked_fill(torch.nn.functional.one_hot(y, 6).bool(), 0).argmax(1)
+    assert set(zip(y.tolist(), partners.tolist())) == {(a, b) for a in (0, 1, 3, 4) for b in (0, 1, 3, 4) if a != b}
+    torch.manual_seed(1)
+    without = sample_conditions(10, 6)
+    torch.manual_seed(1)
+    assert all(torch.equal(a, b) for a, b in zip(without, sample_conditions(10, 6, mixtures=0.0)))
+
+
+@pytest.mark.parametrize("wrong", [dict(mixtures=1.5), dict(mixtures=-0.1), dict(mixtures=float("nan")),
+                                   dict(mixtures=0.5, exclude=[0, 1])])
+def test_wrong_mixtures(wrong):
+    with pytest.raises(NiooddError, match="mixtures"): sample_conditions(4, 3, **wrong)

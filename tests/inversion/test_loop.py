@@ -20,7 +20,7 @@ from nioodd.core.images import ImageSet
 from nioodd.core.options import with_values
 from nioodd.inversion.config import Config
 from nioodd.inversion.invert import LOSSES, generator_loss
-from nioodd.inversion.loop import Loop, config_problem, judge, run
+from nioodd.inversion.loop import Loop, best_round, config_problem, judge, run, with_neighbours
 
 
 def small_problem():
@@ -304,3 +304,9 @@ def test_judge_says_what_the_uncertainty_is_good_for():
     assert row["ood"]["there"]["ue_auroc"] == 0.75
     confidence = torch.tensor([unsure, 0, 0]).double().softmax(0)[0].item()
     assert row["id"]["ece"] == pytest.approx(confidence / 4, abs=1e-6)
+
+
+def test_a_round_is_chosen_with_its_neighbours():
+    "A single lucky round is not chosen, and the ends have two values."
+    rows = [dict(validation=dict(error=e)) for e in (5, 5, 1, 5, 3, 3, 3)]
+    assert best_round(rows) == 5 and with_neighbours([1, 3]) == [2, 2] and with_neighbours([1]) == [1]
