@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from contextlib import contextmanager
@@ -11,7 +12,13 @@ from nioodd.core import files
 
 matplotlib.use("Agg")
 files.check_schema({}, {}, "nothing")  # before nbformat imports jsonschema, with a grammar that takes seconds to build
+gc.set_threshold(50_000, 20, 20)  # a tenth of the tests' time was the search for garbage
 torch.set_num_threads(1)  # the tests' tensors are tiny: two threads are no faster, and on a busy machine far slower
+
+
+def pytest_collection_finish():
+    "The search for garbage leaves out what was imported."
+    gc.freeze()
 
 
 @pytest.fixture

@@ -28,14 +28,19 @@ def given(kind, rank, ranks):
     return [DataLoader(TensorDataset(x), 50, sampler=s) for x, s in zip((TRAIN, HELD_OUT), samplers)]
 
 
-def fit(rank, ranks, kind, n, folder):
-    "What each process does."
+KINDS = {"stream": 250, "data set": 5000}  # Kind of images → how many are kept at most
+
+
+def fit(rank, ranks, folder):
+    "What each process does: a detector of each kind of images."
     torch.set_num_threads(1)
     os.environ |= dict(MASTER_ADDR="localhost", GLOO_SOCKET_IFNAME="lo")
     torch.distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=ranks)
-    detector = LayerwiseDetector(small_classifier()).fit(*given(kind, rank, ranks), n=n, bank=40, across_ranks=True)
-    assert 0 < len(shared_images(TRAIN, n).own) < 600  # It has a part of them
-    detector.save(f"{folder}/{rank}")
+    for kind, n in KINDS.items():
+        detector = LayerwiseDetector(small_classifier())
+        detector.fit(*given(kind, rank, ranks), n=n, bank=40, across_ranks=True)
+        assert 0 < len(shared_images(TRAIN, n).own) < 600  # It has a part of them
+        detector.save(f"{folder}/{kind}/{rank}")
     mine = SharedImages(TRAIN[rank::ranks], torch.arange(rank, 600, ranks), 600)
     others = SharedImages(TRAIN[1 - rank::2], torch.arange(1 - rank, 600, 2), 600)
     with pytest.raises(NiooddError, match="are among"): detector.see(mine, others)  # of another process

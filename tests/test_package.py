@@ -160,6 +160,7 @@ def test_no_file_names_a_machine():
     found = []
     for name in filter(None, listed.stdout.split("\0")):
         if not (root/name).is_file() or b"\0" in (content := (root/name).read_bytes()): continue
+        content = re.sub(rb'"image/(?:png|jpeg)": "[^"]*"', b"", content)  # pictures: most of the text, and no names
         found += [f"{name}: {m[0]}" for m in bad.finditer(content.decode("utf-8"))]
     assert not found, "\n".join(found)
 

@@ -1,6 +1,11 @@
 """Sphinx's settings. site.py copies this beside the pages that it makes, with what it knows of them in site.json."""
 import json
+from functools import cache
 from pathlib import Path
+
+from pygments.lexers import get_lexer_by_name
+from sphinx.highlighting import PygmentsBridge, lexer_classes
+from sphinx.search.en import SearchEnglish
 
 site = json.loads((Path(__file__).parent/"site.json").read_text(encoding="utf-8"))
 
@@ -62,6 +67,12 @@ def quick_sidebar(app, pagename, templatename, context, doctree):
         finally:
             for name in leaves: del metadata[name]["tocdepth"]  # the table on the right has all headings
     context["toctree"] = titles
+
+
+# The same thousands of times: what a word's stem is, how code is written, which plugin reads a notebook's code
+SearchEnglish.stem = cache(SearchEnglish.stem)
+PygmentsBridge.get_formatter = cache(PygmentsBridge.get_formatter)
+lexer_classes["ipython3"] = type(get_lexer_by_name("ipython3"))
 
 
 def setup(app):

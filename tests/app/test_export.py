@@ -10,7 +10,7 @@ from torch import nn
 from nioodd.app.export import LACKING, OWN_RATE, Exported, Verdict, compare, describe, export, traced
 from nioodd.core.detector import Detector
 from nioodd.core.errors import NiooddError
-from nioodd.core.models import ARCHITECTURES, Classifier
+from nioodd.core.models import Classifier, Residual, conv_norm
 from nioodd.inversion.detector import GarbageDetector
 from nioodd.posthoc.layerwise import LayerwiseDetector
 from nioodd.trust.agreement import MEASURES
@@ -73,7 +73,7 @@ def written(detectors, tmp_path_factory):
 
 # The same scores
 
-@pytest.mark.parametrize("name", ["layerwise", "garbage", "trust"])
+@pytest.mark.parametrize("name", ["layerwise", "trust"])  # test_cli.py has the garbage detector
 def test_same_verdicts_to_1e5_from_the_file_for_any_batch(name, suffix, detectors, written):
     detector, x = detectors[name], images(700, seed=2)
     x[350:] = 255 - x[350:] // 4  # what none of them has seen
@@ -96,46 +96,52 @@ def flat(gain=1.0):
     return net.eval()
 
 
-class Residual(nn.Module):
-    "Two convolutions with a shortcut, then the mean of the map: what C3 consists of, and much faster to translate."
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))
-        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))
-
-    def forward(self, x):
-        x = self.first(x)
-        return self.head((x + self.second(x)).relu())
+def residual():
+    "One block of C3's kind, with the shortcut where the shape changes: C3 itself has nine."
+    return nn.Sequential(conv_norm(1, 4), nn.ReLU(), Residual(4, 6, 2),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
 
 
-@pytest.mark.parametrize("name, suffix", [("residual", ".onnx"), ("linear", ".pt2"), ("C3", ".pt2"), ("C4", ".pt2")])
-def test_any_network(name, suffix, tmp_path):
+def block():
+    "One block of C4's kind, on colour images: C4 itself has three."
+    first = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
+    second = nn.Conv2d(4, 4, 3, padding=1), nn.MaxPool2d(2), nn.ReLU(), nn.Dropout(0.3)
+    return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def linear(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+@pytest.mark.parametrize("make, channels, suffix", [
+    (residual, 1, ".onnx"), (residual, 1, ".pt2"), (block, 3, ".pt2"), (linear, 1, ".pt2")])
+def test_any_network(make, channels, suffix, tmp_path):
     if suffix == ".onnx": needs_onnx()
-    if name == "linear":
-        net, shape = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)), SHAPE
-    elif name == "residual": net, shape = Residual(), SHAPE
-    else:
-        net = ARCHITECTURES[name]()
-        shape = (net.arguments["channels"], net.arguments["size"], net.arguments["size"])
+    net, shape = make(), (channels, 8, 8)
     x, state = images(120, shape=shape), net.train().state_dict()
     before = {k: t.clone() for k, t in state.items()}
     d = LayerwiseDetector(net).fit(x[:40], x[40:], dimensions=16)
     some = images(24, seed=3, shape=shape)
-    made = export(d, tmp_path / f"d{suffix}", size=shape[1], channels=shape[0], images=some)
-    assert made.difference.score <= 1e-5 and (made.size, made.channels) == (shape[1], shape[0])
+    made = export(d, tmp_path / f"d{suffix}", size=8, channels=channels, images=some)
+    assert made.difference.score <= 1e-5 and (made.size, made.channels) == (8, channels)
     assert net.training and all(p.requires_grad for p in net.parameters())
     assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
 
 
-@pytest.mark.parametrize("measure", MEASURES)
-def test_every_measure_of_siblings(measure):
+class EveryMeasure(TrustIntervalDetector):
+    "Its verdict has the score by each measure, too."
+    def verdict_of_siblings(self, logits):
+        return super().verdict_of_siblings(logits) | {name: f(logits) for name, f in MEASURES.items()}
+
+
+def test_every_measure_of_siblings():
     "The graph that is translated to ONNX, run by PyTorch."
     net, x = flat(), images(300, seed=2)
-    d = TrustIntervalDetector(net, uniform_sigma(net, 0.3), measure=measure).fit(held_out=images(80, seed=1))
+    d = EveryMeasure(net, uniform_sigma(net, 0.3)).fit(held_out=images(80, seed=1))
     program = traced(d, 8, 1).run_decompositions(LACKING)
     assert not {n.target for n in program.graph.nodes} & {*LACKING}
-    run = program.module()
+    run, want = program.module(), d.verdict(x)
+    found = run(x, OWN_RATE)
+    for name in MEASURES: assert ((found[name] - want[name]).abs() <= 1e-5 * want[name].abs().clamp_min(1)).all(), name
     assert compare(d, lambda images: run(images, OWN_RATE), x).score <= 1e-5
 
 
@@ -275,11 +281,11 @@ def test_a_difference_is_found(detectors):
             compare(d, lambda _: same | dict(score=same["score"] * math.nan), x, tolerance=1e-5)
 
 
-def test_nothing_is_written_when_the_scores_differ(network, suffix, tmp_path):
+def test_nothing_is_written_when_the_scores_differ(network, tmp_path):
     class Changed(GarbageDetector):
         def predict_logits(self, logits):
             return super().predict_logits(logits) * (1 if torch.compiler.is_compiling() else 1.01)
-    file = tmp_path / f"d{suffix}"
+    file = tmp_path / "d.pt2"
     file.write_text("what was there")
     with pytest.raises(NiooddError, match="does not judge as the detector does"):
         export(Changed(network, threshold=0.0), file)

@@ -92,7 +92,8 @@ def test_recipes_of_six_classes(name):
 
 def test_half_precision(tmp_path):
     "What is judged is what lies in the file; batch norm's statistics are not rounded."
-    recipe = dataclasses.replace(RECIPES["C3"], data="digits5k", epochs=1, train_images=300, validation_images=100)
+    small = dict(data="digits5k", size=16, channels=1, epochs=1, train_images=300, validation_images=100)
+    recipe = dataclasses.replace(RECIPES["C3"], **small)
     half = train_classifier(recipe, tmp_path / "half", progress=False)
     full = train_classifier(dataclasses.replace(recipe, kept_as="float32"), tmp_path / "full", progress=False)
     tensors = load_file(tmp_path / "half" / "model.safetensors")

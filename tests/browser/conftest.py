@@ -95,10 +95,14 @@ def site(site_folder) -> str:
     with files_served(site_folder) as address: yield address
 
 
-@pytest.fixture
-def served(tmp_path) -> str:
-    "The address of this test's own folder."
-    with files_served(tmp_path) as address: yield address
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path: return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def served(folder) -> str:
+    "The address of that folder."
+    with files_served(folder) as address: yield address
 
 
 def free_port() -> int:
@@ -140,7 +144,26 @@ def server(folder: Path, ready: str, *command):
         except subprocess.TimeoutExpired: process.kill()
 
 
-# The explorers that stand below the chapter on the threshold desk, each a cell
+# The explorers, each a cell; nbdev_test executes their chapters
+DESK = """
+import torch
+
+from nioodd.core.datasets import load
+from nioodd.core.forward import logits_of
+from nioodd.core.models import Classifier
+from nioodd.core.scores import energy
+from nioodd.core.training import train_epoch
+from nioodd.explore.threshold_desk import ThresholdDesk
+
+torch.manual_seed(0)
+train, digits = (load("digits5k", split, size=14)[:1000] for split in ("train", "test"))
+net = Classifier(10, size=14)
+train_epoch(net, train.images, train.labels, torch.optim.Adam(net.parameters(), 2e-3))
+unknown = {name: load(name, "test", size=14, channels=1)[:300].images for name in ("letters", "photos")}
+id_scores = energy(logits_of(net, digits.images))
+ood_scores = {name: energy(logits_of(net, images)) for name, images in unknown.items()}
+ThresholdDesk(id_scores, ood_scores, digits.images, unknown, names=("digits", "unknown"))
+"""
 SIBLINGS = """
 from nioodd.explore.siblings import SiblingExplorer
 
@@ -173,15 +196,10 @@ studio.wait()
 
 
 def explorers_page(folder: Path) -> Path:
-    """A folder with the notebook explorers.ipynb: every explorer, in one kernel.
-
-    The chapter on the threshold desk without its outputs (what is seen is what was computed now), then the others."""
+    "A folder with the notebook explorers.ipynb: every explorer, in one kernel."
     import nbformat
-    path, = (root/"nbs"/"explore").glob("[0-9][0-9]_threshold_desk.ipynb")
-    nb = nbformat.read(path, as_version=4)
-    for cell in nb.cells:
-        if cell.cell_type == "code": cell.outputs = []
-    nb.cells += [nbformat.v4.new_code_cell(source.strip()) for source in (SIBLINGS, ASK, STUDIO)]
+    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    nb.cells = [nbformat.v4.new_code_cell(source.strip()) for source in (DESK, SIBLINGS, ASK, STUDIO)]
     (notebooks := folder/"nbs").mkdir()
     nbformat.write(nb, notebooks/"explorers.ipynb")
     return notebooks

@@ -1,7 +1,6 @@
 """Every explorer in JupyterLab and under voila: a slider is moved, the picture changes, nothing goes wrong.
 
-All are on one page, in one kernel: the chapter on the threshold desk as it is, and below it the other explorers, of the
-chapter's network (see `explorers_page`). nbdev_test executes the other chapters."""
+All are on one page, in one kernel, of one small network (see `explorers_page`). nbdev_test executes their chapters."""
 import re
 
 # One slider of each explorer, by its label
@@ -36,9 +35,9 @@ SETTLED = f"""async slider => {{
 
 
 def settled(page, slider) -> str:
-    "The pictures' bytes, once they have been the same for half a second: all are drawn and on the page."
+    "The pictures' bytes, once they have been the same for 0.3 seconds: all are drawn and on the page."
     page.evaluate("() => { window.seen = null }")
-    return page.wait_for_function(SETTLED, arg=slider, polling=500).json_value()
+    return page.wait_for_function(SETTLED, arg=slider, polling=300).json_value()
 
 
 def until(page, slider, condition: str, bytes: str) -> str:

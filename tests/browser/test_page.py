@@ -17,28 +17,28 @@ VERSION = RUNTIME.partition("@")[2].partition("/")[0]
 JUDGE = "([pixels, rate]) => window.nioodd.judge(Uint8Array.from(pixels), rate)"
 
 
-@pytest.fixture
-def runtime(tmp_path):
-    "Puts onnxruntime for the web, from npm's registry, into the test's folder."
+@pytest.fixture(scope="module")
+def runtime(folder):
+    "Puts onnxruntime for the web, from npm's registry, beside the page."
     if not shutil.which("npm"): pytest.skip("no npm: onnxruntime-web cannot be fetched")
     command = ["npm", "pack", "--silent", f"onnxruntime-web@{VERSION}"]
-    if subprocess.run(command, cwd=tmp_path, capture_output=True).returncode:
+    if subprocess.run(command, cwd=folder, capture_output=True).returncode:
         pytest.skip("onnxruntime-web cannot be fetched from npm's registry")
-    package, = tmp_path.glob("*.tgz")
+    package, = folder.glob("*.tgz")
     with tarfile.open(package) as archive:
         for name in ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"):
-            (tmp_path/name).write_bytes(archive.extractfile(f"package/dist/{name}").read())
+            (folder/name).write_bytes(archive.extractfile(f"package/dist/{name}").read())
 
 
-@pytest.fixture
-def detector(tmp_path):
+@pytest.fixture(scope="module")
+def detector(folder):
     "A detector, and the page that holds it."
     for package in ("onnx", "onnxscript", "onnxruntime"):
         if not find_spec(package): pytest.skip(f"{package} is not installed: pip install 'nioodd[onnx]'")
     detector = LayerwiseDetector(small_classifier(), classes=["a", "b", "<c>", "d"])
     detector.fit(small_images(200), small_images(400, seed=1), false_alarms=0.05)
-    exported = export(detector, tmp_path/"d.onnx", images=small_images(30, seed=2))
-    write_page(exported, tmp_path/"page.html", "Known?", "./ort.wasm.bundle.min.mjs")
+    exported = export(detector, folder/"d.onnx", images=small_images(30, seed=2))
+    write_page(exported, folder/"page.html", "Known?", "./ort.wasm.bundle.min.mjs")
     return detector
 
 

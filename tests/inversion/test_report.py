@@ -62,6 +62,12 @@ def write_run(folder, rows=3, logits=("before", "after"), samples=2, **values):
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    "Pictures are laid out, but not drawn: other tests draw the same ones."
+    monkeypatch.setattr(report, "png", lambda figure: b"a picture")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = write_run(tmp_path_factory.mktemp("runs") / "finished")
@@ -128,7 +134,8 @@ def test_kept_round(tmp_path):
 
 
 @pytest.mark.parametrize("rows, logits", [(0, ()), (1, ()), (1, ("before",)), (2, ("before",))])
-def test_interrupted(tmp_path, rows, logits):
+def test_interrupted(tmp_path, rows, logits, request):
+    if rows == 2: request.getfixturevalue("undrawn")
     write_run(tmp_path, rows=rows, logits=logits, samples=max(rows - 1, 0), status="running")
     page = write_report(tmp_path, progress=False).read_text()
     assert "This run is not finished" in page and f"{max(rows - 1, 0)} of 2 rounds" in page
@@ -187,7 +194,7 @@ def test_logits_without_labels(tmp_path):
     fails(lambda: before_after(tmp_path), "id_labels")
 
 
-def test_long_run_shows_a_choice(tmp_path, monkeypatch):
+def test_long_run_shows_a_choice(tmp_path, monkeypatch, undrawn):
     monkeypatch.setattr(report, "GALLERY", 1)
     page = write_report(write_run(tmp_path, logits=()), progress=False).read_text()
     assert "Of 2 rounds 1 are shown" in page

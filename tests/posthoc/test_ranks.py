@@ -1,7 +1,7 @@
 "One detector of several processes: the sample, the banks, the threshold and the p-values of a single one."
 import pytest
 import torch
-from ranks import HELD_OUT, NEW, TRAIN, fit, given
+from ranks import HELD_OUT, KINDS, NEW, TRAIN, fit, given
 from small_networks import small_classifier, small_images
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -11,12 +11,19 @@ from nioodd.core.forward import SharedImages, gathered, take
 from nioodd.posthoc.layerwise import LayerwiseDetector
 
 
-@pytest.mark.parametrize("kind, n", [("stream", 250), ("data set", 5000)])
-def test_two_processes_make_the_detector_of_one(kind, n, tmp_path):
-    torch.multiprocessing.spawn(fit, (2, kind, n, str(tmp_path)), nprocs=2)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "What two processes have made."
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(fit, (2, str(folder)), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("kind, n", KINDS.items())
+def test_two_processes_make_the_detector_of_one(kind, n, folder):
     data = given(kind, 0, 1)
     one = LayerwiseDetector(small_classifier()).fit(*data, n=n, bank=40)
-    two = [Detector.load(tmp_path / str(rank)) for rank in (0, 1)]
+    two = [Detector.load(folder / kind / str(rank)) for rank in (0, 1)]
     for name, v in two[0].learnt().items(): assert torch.equal(two[1].learnt()[name], v), name
     assert two[0].threshold == two[1].threshold and len(two[0].calibration) == len(one.calibration)
     expected, found = one.verdict(NEW), two[0].verdict(NEW)
