@@ -190,14 +190,13 @@ def mean_detected(row: dict) -> float:
 
 # %% ../../nbs/benchmark/05_worth.ipynb #597da8c1
 def effect_of(
-    rows: Sequence[dict], # Of `bench_worth`
-    base: str,
+    rows: Sequence[dict], # Of one base
     arm: str, # One of `WISHES`
-    measure: Callable[[dict], float] = mean_fpr95, # Of a row
     control: str = "control", # The arm that it is compared with
+    measure: Callable[[dict], float] = mean_fpr95, # Of a row
 ) -> Effect:
     "The effect over the seeds that have both arms."
-    found = {(row["arm"], row["seed"]): measure(row) for row in rows if row["base"] == base}
+    found = {(row["arm"], row["seed"]): measure(row) for row in rows}
     seeds = sorted(seed for a, seed in found if a == arm and (control, seed) in found)
     return paired_effect([found[arm, seed] for seed in seeds], [found[control, seed] for seed in seeds])
 

@@ -61,9 +61,9 @@ def test_too_few_pairs(a, b):
 
 
 def test_effect_of_takes_the_seeds_that_have_both_arms():
-    def row(arm, seed, x): return dict(base="digits", arm=arm, seed=seed, sets=dict(a=dict(fpr95_id_positive=x)))
+    def row(arm, seed, x): return dict(arm=arm, seed=seed, sets=dict(a=dict(fpr95_id_positive=x)))
     rows = [row("hard", 0, 1), row("hard", 1, 2), row("hard", 2, 99), row("control", 1, 0), row("control", 0, 3)]
-    assert worth.effect_of(rows, "digits", "hard")[:3] == (1.5, 1.5, 0)
+    assert worth.effect_of(rows, "hard")[:3] == (1.5, 1.5, 0)
 
 
 def test_all_runs_are_made_once_and_gone_on_with(tiny, tmp_path, monkeypatch):
