@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.detector import Detector, known_images
 from ..core.errors import NiooddError
-from ..core.forward import unwrapped
+from ..core.forward import own_precision, unwrapped
 from ..core.images import ImageSet, one_line
 from ..core.registry import patch
 from .baselines import BASELINES, FitData, Scorer, baseline_of, check_fit
@@ -63,7 +63,8 @@ def _fit_data(self: ScoreDetector, outputs: Outputs, images: Tensor, labels: Ten
 @patch
 def _tried(self: ScoreDetector, f: Callable, argument):
     "`f(argument)`. What it raises becomes a `NiooddError`: many scores come from other packages."
-    try: return f(argument)
+    try:
+        with own_precision(): return f(argument)
     except NiooddError: raise
     except Exception as e:
         raise NiooddError(f"{self.baseline.name} cannot be computed for this {type(unwrapped(self.model)).__name__} "
