@@ -350,8 +350,8 @@ def _check_verdict(found: dict[str, Tensor], n: int, classes: list[str] | None, 
     if good and all(shape == [n] for _, shape in kinds.values()):
         most = found["label"].amax() if n else 0
         if n == 0 or found["label"].amin() >= 0 and (classes is None or most < len(classes)): return
-    raise NiooddError(f"{path} gives no verdict on {n} images; expected a label, a score and a yes or no of each; it was "
-                      "not written by nioodd export, or for another version; write it again")
+    raise NiooddError(f"{path} gives no verdict on {n} images; expected a label, a score and a yes or no of each; "
+                      "it was not written by nioodd export, or for another version; write it again")
 
 # %% ../../nbs/app/01_export.ipynb #7280fc0b
 class Exported:
@@ -388,8 +388,8 @@ class Exported:
     def _judged(self, images: Tensor, *rate: Tensor) -> dict[str, Tensor]:
         try: found = self._run(images, *rate)
         except Exception as e: # Whatever a reader raises
-            raise NiooddError(f"{self.path} cannot judge {len(images)} images ({one_line(e)}); expected a file written by "
-                              "nioodd export; write it again") from e
+            raise NiooddError(f"{self.path} cannot judge {len(images)} images ({one_line(e)}); "
+                              "expected a file written by nioodd export; write it again") from e
         _check_verdict(found, len(images), self.classes, self.path)
         return found | dict(ood=found["ood"] | found["score"].isnan())
 

@@ -255,8 +255,8 @@ class TextFile:
         try:
             with open(self.path, "ab") as f: f.write(text)
         except OSError as e:
-            raise NiooddError(f"cannot write {self.path}: {e.strerror}; expected room for {len(text)} bytes; make some, "
-                              "and give the same command again: it goes on") from None
+            raise NiooddError(f"cannot write {self.path}: {e.strerror}; expected room for {len(text)} bytes; "
+                              "make some, and give the same command again: it goes on") from None
         self.is_empty = False
 
     def _changed(self, what: str) -> NiooddError:

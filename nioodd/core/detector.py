@@ -216,7 +216,8 @@ NETWORK = { # How one is described
     "preparation": PREPARATION}}
 _ARGUMENTS = {"type": "object", "properties": {
     "classes": _maybe({"type": "array", "items": {"type": "string"}}), "n_known": _maybe(_COUNT),
-    "n": {"type": "integer", "minimum": 1, "maximum": 1000}, "seed": {"type": "integer", "minimum": 0}, "measure": {"type": "string"},
+    "n": {"type": "integer", "minimum": 1, "maximum": 1000}, # More siblings would fill the memory
+    "seed": {"type": "integer", "minimum": 0}, "measure": {"type": "string"},
     "distribution": {"type": "string"}, "score": {"type": "string"}}}
 DESCRIPTION = { # Of detector.json
     "type": "object", "required": ["format", "sha256", "detector", "threshold", "arguments", "network"],
@@ -434,14 +435,14 @@ def _has_length(images: Any) -> bool:
     except (TypeError, NotImplementedError): return False
 
 def _batches_until(images: Any, n: int | None) -> Iterator[tuple[Tensor, Tensor | None]]:
-    "`id_batches`. Of a loader without a length the first only; raises `NiooddError` where there is no n and it goes on."
+    "`id_batches`; of a loader without a length the first. Raises `NiooddError` where there is no n and it goes on."
     seen, size, endless = 0, 0, not _has_length(images)
     for x, y in id_batches(images):
         yield x, y
         seen, size = seen + max(1, len(x)), size + x.nbytes
         if endless and n is not None and seen >= STREAM * n:
-            return warnings.warn(f"this loader does not say how many images it has: {n} were drawn from its first {seen}; "
-                                 "give it a __len__ if it ends", stacklevel=4)
+            return warnings.warn(f"this loader does not say how many images it has: {n} were drawn from its first "
+                                 f"{seen}; give it a __len__ if it ends", stacklevel=4)
         if endless and n is None and (seen > MOST_OF_A_STREAM[0] or size > MOST_OF_A_STREAM[1]):
             raise NiooddError(f"a loader without a length has given {seen} images and goes on; expected one that ends; "
                               "give it a __len__ if it does, or a part of it: itertools.islice(loader, 100)")
@@ -569,13 +570,13 @@ SAME_ANSWER = 0.05 # Largest difference of logits, over the largest of them, tha
 def check_one_answer(model: nn.Module, images: Images) -> None:
     "Warns where an image's logits differ from call to call, or from batch to batch."
     images = images[:8]
-    try: first, again, alone = (logits_of(model, x) for x in (images, images, images[:1]))
+    try: first, again, few = (logits_of(model, x) for x in (images, images, images[:2]))
     except NiooddError: return # What asks next says it better
     most = SAME_ANSWER * first.abs().max() if len(first) else 0
     if ((first - again).abs() > most).any():
         warnings.warn("the network gives the same images other logits each time, in eval mode too, so verdicts will be "
                       "random: take out of its forward what is, such as F.dropout(x)", stacklevel=4)
-    elif ((first[:1] - alone).abs() > most).any():
+    elif ((first[:2] - few).abs() > most).any():
         warnings.warn("the network's logits of an image depend on the images beside it, in eval mode too, and so will "
                       "verdicts: a batch norm without running statistics does that, for instance", stacklevel=4)
 

@@ -166,7 +166,7 @@ def parse_json(
     text: str | bytes, # UTF-8
     constants: bool = False, # Whether NaN and Infinity are numbers, as in Python's own output
 ) -> Any:
-    "The value of a JSON text. Raises `ValueError` for what is none, two values of one name, and numbers or nesting beyond reason."
+    "The value of a JSON text. Raises `ValueError` for what is none, for a name twice, and numbers beyond reason."
     kinds = dict(parse_float=_finite, parse_int=_whole, object_pairs_hook=_each_once)
     if not constants: kinds["parse_constant"] = _no_constant
     try: return json.loads(text, **kinds)

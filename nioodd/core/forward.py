@@ -14,7 +14,8 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from copy import copy, deepcopy
+from copy import copy as shallow_copy
+from copy import deepcopy
 from dataclasses import fields as dataclass_fields
 from dataclasses import is_dataclass
 from functools import partial
@@ -199,7 +200,7 @@ def _to_copies(value: object, copies: dict[int, object]) -> object:
         arguments = [_to_copies(a, copies) for a in value.args]
         return partial(_to_copies(value.func, copies), *arguments, **value.keywords)
     if isinstance(value, dict):
-        new = copies[id(value)] = {} if type(value) is dict else copy(value) # An OrderedDict, say
+        new = copies[id(value)] = {} if type(value) is dict else shallow_copy(value) # An OrderedDict, say
         new.update((k, _to_copies(v, copies)) for k, v in value.items())
         return new
     if type(value) not in (list, tuple) or set(map(type, value)) <= _POINT_NOWHERE: return value

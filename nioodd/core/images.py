@@ -478,7 +478,7 @@ def _check_tiff(im: Any) -> None:
     tags = getattr(im, "tag_v2", {})
     if {*tags.get(_SIGN, (1,))} & {2}: raise ValueError("its pixels have a sign; save it with levels from 0")
     if not im.mode.startswith("I;16"): return
-    if {*tags.get(_BITS, (16,))} != {16}: raise ValueError("its pixels have neither 8 nor 16 bits; save it with one of them")
+    if {*tags.get(_BITS, (16,))} != {16}: raise ValueError("its pixels have neither 8 nor 16 bits; save it with 16")
     if tags.get(_ZERO_IS) == 0: raise ValueError("its 16-bit pixels are 0 where it is white; save it with 0 for black")
 
 # %% ../../nbs/core/05_images.ipynb #1460a630

@@ -368,7 +368,8 @@ def test_onnx_reads_no_other_file(tmp_path, monkeypatch):
     import onnx
     monkeypatch.chdir(tmp_path)
     (tmp_path/"secret").write_text("s" * 16)
-    tensor = onnx.TensorProto(name="w", data_type=onnx.TensorProto.UINT8, dims=[16], data_location=onnx.TensorProto.EXTERNAL)
+    kinds = onnx.TensorProto
+    tensor = kinds(name="w", data_type=kinds.UINT8, dims=[16], data_location=kinds.EXTERNAL)
     tensor.external_data.add(key="location", value="secret")
     out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.UINT8, [16])
     graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["y"])], "g", [], [out], [tensor])
