@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from fake_sets import picture
+from sklearn.preprocessing import LabelEncoder
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -585,10 +586,36 @@ def test_autocast_around_a_detector_changes_nothing(detector):
     assert torch.equal(found, detector.predict(images(5)))
 
 
-def test_labels_in_a_column_and_in_a_list():
-    for y in (torch.arange(6)[:, None], [*range(6)], np.arange(6)[:, None]):
-        assert known_images((images(6), y))[1].tolist() == [*range(6)]
-    assert len(known_images([images(2), images(2)])[0]) == 4
+Y = torch.arange(6)
+LABELS = [Y, Y[:, None], Y.float(), Y.to(torch.uint16), F.one_hot(Y), F.one_hot(Y).float(), Y.tolist(), Y.numpy(),
+          Y.numpy().astype(np.int8), LabelEncoder().fit_transform([*"abcdef"])]
+
+
+@pytest.mark.parametrize("y", LABELS, ids=range(len(LABELS)))
+def test_forms_of_labels(y):
+    assert known_images((images(6), y))[1].tolist() == Y.tolist()
+    assert known_images([dict(pixel_values=images(6), labels=y)])[1].tolist() == Y.tolist()
+
+
+@pytest.mark.parametrize("y", [[*"abcdef"], torch.rand(6, 6), Y + 0.5, Y * math.nan, [None] * 6, Y.to(torch.complex64)])
+def test_what_are_no_labels_is_let_be(y):
+    x, labels = known_images([(images(6), y)])
+    assert torch.equal(x, images(6)) and labels is None
+
+
+def test_forms_of_batches():
+    x, y = images(6), Y
+    pairs = TensorDataset(x, y)
+    forms = [(x, y), pairs, DataLoader(pairs, 4), ((x[i:i + 2], y[i:i + 2]) for i in (0, 2, 4)),
+             [dict(image=x, label=y)], [dict(x=x, y=y)], [(x, y, [*"abcdef"])], [[x, y]]]
+    for form in forms:
+        found, labels = known_images(form)
+        assert torch.equal(found, x) and torch.equal(labels, y)
+    for form in (x, [x[:3], x[3:]], [(x,)], [dict(img=x)]):
+        found, labels = known_images(form)
+        assert torch.equal(found, x) and labels is None
+    for wrong in (x.numpy(), "abc", None, 3, [None], [dict(foo=x)], [x.numpy()], (x.numpy(), y)):
+        with pytest.raises(NiooddError, match="images are a"): known_images(wrong)
 
 
 @pytest.mark.parametrize("no_network", [None, nn.Linear, len, "C1"])
