@@ -822,9 +822,6 @@ def in_memory(images: Images) -> Iterable[Tensor]:
 @patch
 def see(self: Detector, train: Images | None, held_out: Images, given: bool = True) -> None:
     "What `fit` looks at first: see `check_held_out` and `kind_of_images`. `given`: `held_out` is no part of `train`."
-    if train is not None and not len(train):
-        raise NiooddError("train holds no ID images; expected some; an image with a label below 0 counts as OOD "
-                          "and is left out")
     given_images = [x for x in (train, held_out) if x is not None and len(x)]
     for images in given_images:
         for part in in_memory(images): check_images(part, self.model)

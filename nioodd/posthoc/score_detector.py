@@ -110,6 +110,9 @@ def fit(self: ScoreDetector,
     given = held_out is not None
     train, held_out = self._given(train, held_out, seed, n)
     learns = self.baseline.learns_from == "training"
+    if learns and not len(train):
+        raise NiooddError("train holds no ID images; expected some; an image with a label below 0 counts as OOD "
+                          "and is left out")
     self.see(train.images if learns else None, held_out.images, given)
     if self.baseline.learns_from == "held-out":
         known, held_out = _split(held_out, len(held_out) // 2, seed)
