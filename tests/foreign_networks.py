@@ -1,4 +1,5 @@
 "Networks as other people write them, all for small images; each says which images it takes."
+from collections import OrderedDict
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -222,6 +223,17 @@ def replaced():
     old = net.forward
     net.forward = lambda x: old(x) * 2
     return net
+
+
+@network("modules in an ordered dictionary")
+class Ordered(Net):
+    def __init__(self):
+        super().__init__()
+        self.steps = OrderedDict(drop=self.drop, head=self.head)
+    def forward(self, x):
+        x = self.features(x)
+        for step in self.steps.values(): x = step(x)
+        return x
 
 
 @network("tensors that do not copy")

@@ -2,6 +2,7 @@
 import copy
 import os
 import pickle
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,6 +12,7 @@ from foreign_networks import make, same_state, state
 
 from nioodd import GarbageDetector, LayerwiseDetector, TrustIntervalDetector
 from nioodd.inversion.invert import invert
+from nioodd.trust.fast_siblings import _one_at_a_time
 from nioodd.trust.intervals import TrustIntervals, uniform_sigma
 
 CALLS = int(os.environ.get("NIOODD_THREAD_CALLS", 25)) # Of each of 8 threads to each detector
@@ -84,6 +86,21 @@ def test_what_has_judged_can_be_copied_and_pickled():
         scores = d.predict(x)
         for again in (copy.deepcopy(d), pickle.loads(pickle.dumps(d))):
             assert torch.allclose(again.predict(x), scores, rtol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the machine cannot fork")
+def test_a_process_forked_while_others_judge():
+    "Locks that their threads hold would never be opened in the child."
+    net, x = make("plain").eval(), images(4)
+    d = TrustIntervalDetector(net, uniform_sigma(net, 0.1), threshold=0.0)
+    expected = d.predict(x)
+    with d.siblings._drawing, _one_at_a_time:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            d.siblings.redraw(d.siblings.seed)  # It traces again, too
+            os._exit(0 if torch.allclose(d.predict(x), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the machine cannot fork")

@@ -36,7 +36,7 @@ from nioodd.core.files import (
     write_json_lines,
 )
 from nioodd.core.forward import logits_of
-from nioodd.core.images import decode, from_arrays, read_images
+from nioodd.core.images import Preparation, decode, from_arrays, read_images
 from nioodd.core.metrics import METRICS
 from nioodd.core.models import Classifier
 from nioodd.core.options import to_dict, with_values
@@ -214,10 +214,64 @@ FORMS = st.sampled_from([*IMAGES]).flatmap(lambda form: st.sampled_from(IMAGES[f
 
 @pytest.mark.filterwarnings("ignore")
 @fuzz
-@given(st.binary(max_size=60) | st.builds(damaged, FORMS, DAMAGE), st.sampled_from([(None, None), (8, 1), (5, 3)]))
-def test_damaged_images(content, shape):
-    x = one_line(decode, io.BytesIO(content), "it", *shape)
+@given(st.binary(max_size=60) | st.builds(damaged, FORMS, DAMAGE),
+       st.sampled_from([Preparation(), Preparation(8, 1), Preparation(5, 3, resize=6)]))
+def test_damaged_images(content, preparation):
+    x = one_line(decode, io.BytesIO(content), "it", preparation)
     if x is not None: assert x.dtype == torch.uint8 and x.ndim == 3 and min(x.shape) > 0
+
+
+def test_sound_images_are_read():
+    "Damage is tried on files that are read without it."
+    unread = [form for form, files in IMAGES.items() for content in files
+              if one_line(decode, io.BytesIO(content), "it", Preparation(5, 3)) is None]
+    assert unread == ["TIFF"]  # Of floats
+
+
+def tiff(bits=16, zero_is=1, sign=1):
+    "A TIFF of 8 × 8 pixels whose bytes are all 200."
+    data = bytes([200]) * (64 * bits // 8)
+    tags = [(256, 8), (257, 8), (258, bits), (259, 1), (262, zero_is), (273, 8), (277, 1), (278, 8), (279, len(data)),
+            (339, sign)]
+    rows = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + rows + bytes(4)
+
+
+@pytest.mark.parametrize("kind, said", [(dict(bits=12), "neither 8 nor 16"), (dict(zero_is=0), "0 where it is white"),
+                                        (dict(bits=8, sign=2), "a sign")])
+def test_a_tiff_whose_numbers_mean_something_else(kind, said):
+    assert decode(io.BytesIO(tiff()), "it").unique().tolist() == [200]
+    assert decode(io.BytesIO(tiff(bits=8, zero_is=0)), "it").unique().tolist() == [55]
+    with pytest.raises(NiooddError, match=said): decode(io.BytesIO(tiff(**kind)), "it")
+
+
+def test_transparent_pixels_of_16_bits_are_white():
+    file = io.BytesIO()
+    Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000).save(file, "PNG", transparency=50_000)
+    x = decode(file, "it")
+    assert x[0, 6, 2] == 255 and x[0, 6, 3] == 51_000 >> 8
+
+
+def test_postscript_is_not_run(tmp_path, monkeypatch):
+    "PIL would hand it on to Ghostscript, whatever the file is called."
+    (tmp_path/"gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/RUN\n")
+    (tmp_path/"gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path/"a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\n{} loop\n")
+    with pytest.raises(NiooddError, match="EPS is a format that another program"): read_images(tmp_path/"a.png")
+    assert not (tmp_path/"RUN").exists()
+
+
+def test_names_that_are_no_line(tmp_path):
+    "Nor does an error have several lines because a name has."
+    (tmp_path/"a\nb.png").write_text("nothing")
+    for name in ("a\nb.png", "none\r\n.png", "a\0b.png", "x" * 5000, 3, b"a.png", None):
+        path = tmp_path/name if isinstance(name, str) else name
+        with pytest.raises(NiooddError) as e: read_images(path)
+        assert str(e.value).isprintable()
+    for folder in ("a\nb", "a\0b", "x" * 5000):
+        with pytest.raises(NiooddError) as e: Detector.load(tmp_path/folder)
+        assert str(e.value).isprintable()
 
 
 # --- JSON and tensors -----------------------------------------------------------------------------------------------
@@ -287,6 +341,15 @@ def test_damaged_tensors(tmp_path_factory, damage):
 def test_any_json(text):
     try: parse_json(text)
     except ValueError: pass
+
+
+def test_a_name_is_there_once(saved, tmp_path):
+    "Of two thresholds a reader sees the first, and the program would take the second."
+    with pytest.raises(ValueError, match="'a' is there twice"): parse_json('{"b": [{"a": 1, "c": 2, "a": 1}]}')
+    text = (saved/"detector.json").read_text().rstrip()
+    (tmp_path/"detector.json").write_text(text[:-1] + ', "threshold": 1e9}')
+    (tmp_path/"model.safetensors").symlink_to(saved/"model.safetensors")
+    with pytest.raises(NiooddError, match="'threshold' is there twice"): Detector.load(tmp_path)
 
 
 @fuzz

@@ -35,7 +35,7 @@ from ..core.detector import PREPARATION, Detector, rank_for, threshold_for
 from ..core.errors import NiooddError
 from ..core.files import check_schema, parse_json, read_bytes, write_atomic
 from ..core.forward import batches
-from ..core.images import Preparation, read_preparation
+from ..core.images import Preparation, one_line, read_preparation
 
 # %% ../../nbs/app/01_export.ipynb #17a4d339
 class Verdict(nn.Module):
@@ -216,6 +216,8 @@ def _onnx_runner(content: bytes) -> tuple[Run, dict[str, Any]]: # And what `desc
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3 # Errors only
+    # A tensor may say that it lies in another file; it is looked for below this folder, which is none
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [o.name for o in session.get_outputs()]
     texts = session.get_modelmeta().custom_metadata_map
@@ -235,9 +237,10 @@ _PLAIN_PARTS = re.compile( # Of the archive, without the first folder
     r"data/constants/model_constants_config\.json|models/model\.json|data/sample_inputs/model\.pt|"
     r"extra/nioodd\.json|archive_format|archive_version|byteorder|\.data/(version|serialization_id)")
 _OPERATION = re.compile(
-    r"torch\.ops\.(aten|prims)\.(?!from_file)\w+(\.\w+)?|" # `from_file` opens any file
+    r"torch\.ops\.(aten|prims)\.(?!from_file|__)\w+(\.(?!__)\w+)?|" # `from_file` opens any file
+    r"torch\.ops\.aten\.__(and|or|xor|[lr]shift)__(\.(?!__)\w+)?|"
     r"torch\.ops\.higher_order\.wrap_with_(autocast|set_grad_enabled)|"
-    r"_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_)|math\.\w+|"
+    r"_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|pow|eq|ne|lt|le|gt|ge|and_|or_)|math\.(?!_)\w+|"
     r"torch\.(sym_\w+|_sym_\w+)")
 _WORDS = {"Symbol", "Integer", "Rational", "Add", "Mul", "Pow", "Max", "Min", "Mod", "FloorDiv", "CeilDiv",
           "integer", "positive", "nonnegative", "real", "True", "False"}
@@ -247,7 +250,7 @@ def _is_arithmetic(text: str) -> bool:
     "Whether a text is an expression of sums, products and symbols such as `s77`."
     words = re.findall(r"[A-Za-z_]\w*", re.sub(r"'[su]\d+'", "", text))
     plain = re.fullmatch(r"[\w\s'(),=+*/<>-]*", text) is not None
-    return plain and all(w in _WORDS or re.fullmatch(r"[su]\d+", w) for w in words)
+    return plain and "**" not in text and all(w in _WORDS or re.fullmatch(r"[su]\d+", w) for w in words)
 
 # %% ../../nbs/app/01_export.ipynb #1a717e33
 def _says_only_tensor_operations(value: Any) -> bool:
@@ -339,6 +342,17 @@ VALUES_AT_ONCE = 4e6 # Numbers of the images that an older file, which does not 
 # %% ../../nbs/app/01_export.ipynb #30efc9f7
 def _of_size(size: int, channels: int) -> int: return min(500, max(16, int(VALUES_AT_ONCE / (channels * size**2))))
 
+# %% ../../nbs/app/01_export.ipynb #857b6ad9
+def _check_verdict(found: dict[str, Tensor], n: int, classes: list[str] | None, path: Path) -> None:
+    "Raise `NiooddError` for what is no verdict on n images: a file may compute anything."
+    kinds = {name: (t.dtype, [*t.shape]) for name, t in found.items()}
+    good = kinds.get("label") == (torch.int64, [n]) and kinds.get("ood") == (torch.bool, [n]) and "score" in kinds
+    if good and all(shape == [n] for _, shape in kinds.values()):
+        most = found["label"].amax() if n else 0
+        if n == 0 or found["label"].amin() >= 0 and (classes is None or most < len(classes)): return
+    raise NiooddError(f"{path} gives no verdict on {n} images; expected a label, a score and a yes or no of each; "
+                      "it was not written by nioodd export, or for another version; write it again")
+
 # %% ../../nbs/app/01_export.ipynb #7280fc0b
 class Exported:
     """A detector in one file, run by onnxruntime (.onnx) or by PyTorch (.pt2), on the CPU.
@@ -369,7 +383,15 @@ class Exported:
         self._check(images)
         rate = [] if self.false_alarms is None else [self.false_alarms]
         if batch_size is None: batch_size = self.about.get("at_once") or _of_size(self.size, self.channels)
-        return _joined([self._run(part.contiguous().cpu(), *rate) for part in images.split(batch_size)])
+        return _joined([self._judged(part.contiguous().cpu(), *rate) for part in images.split(batch_size)])
+
+    def _judged(self, images: Tensor, *rate: Tensor) -> dict[str, Tensor]:
+        try: found = self._run(images, *rate)
+        except Exception as e: # Whatever a reader raises
+            raise NiooddError(f"{self.path} cannot judge {len(images)} images ({one_line(e)}); "
+                              "expected a file written by nioodd export; write it again") from e
+        _check_verdict(found, len(images), self.classes, self.path)
+        return found | dict(ood=found["ood"] | found["score"].isnan())
 
     def at_rate(self, false_alarms: float) -> "Exported":
         "The same file, that says `ood` at another rate. Raises `NiooddError` for a rate that cannot be had."

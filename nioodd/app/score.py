@@ -133,7 +133,7 @@ def _one_by_one(judge: Judge, images: list[tuple[Path, Tensor]]) -> tuple[list[R
 # %% ../../nbs/app/02_score.ipynb #2f6d0667
 def plain_cell(name: str, value: Any) -> Any:
     "A cell of a CSV file that no spreadsheet takes for a formula. The path of a file stays one."
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")): return value
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")): return value
     return f"./{value}" if name == "file" else f"'{value}"
 
 # %% ../../nbs/app/02_score.ipynb #04510243
@@ -251,7 +251,12 @@ class TextFile:
 
     def add(self, rows: list[Row]) -> None:
         if not rows: return
-        with open(self.path, "ab") as f: f.write(self.as_text(rows, self.is_empty).encode(errors="surrogateescape"))
+        text = self.as_text(rows, self.is_empty).encode(errors="surrogateescape")
+        try:
+            with open(self.path, "ab") as f: f.write(text)
+        except OSError as e:
+            raise NiooddError(f"cannot write {self.path}: {e.strerror}; expected room for {len(text)} bytes; "
+                              "make some, and give the same command again: it goes on") from None
         self.is_empty = False
 
     def _changed(self, what: str) -> NiooddError:

@@ -156,12 +156,18 @@ def _whole(text: str) -> int:
 
 def _no_constant(text: str) -> None: raise ValueError(f"{text} is no number")
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs): return found
+    names = [name for name, _ in pairs]
+    raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:40]!r} is there twice")
+
 def parse_json(
     text: str | bytes, # UTF-8
     constants: bool = False, # Whether NaN and Infinity are numbers, as in Python's own output
 ) -> Any:
-    "The value of a JSON text. Raises `ValueError` for what is none, and for numbers or nesting beyond reason."
-    kinds = dict(parse_float=_finite, parse_int=_whole)
+    "The value of a JSON text. Raises `ValueError` for what is none, for a name twice, and numbers beyond reason."
+    kinds = dict(parse_float=_finite, parse_int=_whole, object_pairs_hook=_each_once)
     if not constants: kinds["parse_constant"] = _no_constant
     try: return json.loads(text, **kinds)
     except RecursionError: raise ValueError("it is nested too deeply") from None
@@ -247,7 +253,7 @@ def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _parts(content: bytes) -> tuple[dict, bytes]:
     "Header and data of a safetensors file: 8 bytes with the header's length, the header as JSON, the data."
     (n,) = struct.unpack("<Q", content[:8])
-    return json.loads(content[8:8 + n]), content[8 + n:]
+    return parse_json(content[8:8 + n]), content[8 + n:]
 
 def _checksum(header: dict, data: bytes) -> str: # 64 hexadecimal digits
     "Of all but the checksum itself."

@@ -5,19 +5,22 @@
 # %% auto #0
 __all__ = ['LAYERS', 'Images', 'BYTES_AT_ONCE', 'unwrapped', 'Prepared', 'bare', 'preparation_of', 'prepared', 'floating_tensor',
            'is_channels_last', 'input_axes', 'check_images', 'as_input', 'private_copy', 'independent_copy',
-           'parameters_of', 'listen', 'as_logits', 'run_network', 'call_network', 'layer_inputs', 'pooled',
-           'last_inputs', 'logits_and_features', 'KeptImages', 'SharedImages', 'take', 'gathered', 'batches',
+           'parameters_of', 'listen', 'as_logits', 'own_precision', 'run_network', 'call_network', 'layer_inputs',
+           'pooled', 'last_inputs', 'logits_and_features', 'KeptImages', 'SharedImages', 'take', 'gathered', 'batches',
            'each_batch', 'features_of', 'logits_of']
 
 # %% ../../nbs/core/08_forward.ipynb #fdf735dd
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from copy import copy as shallow_copy
 from copy import deepcopy
 from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
 from functools import partial
 from itertools import chain
-from types import MethodType
+from types import CellType, FunctionType, MethodType, SimpleNamespace
 from typing import BinaryIO
 from weakref import WeakKeyDictionary
 
@@ -34,7 +37,10 @@ from .models import Classifier
 
 # %% ../../nbs/core/08_forward.ipynb #f703b83b
 def unwrapped(module: nn.Module) -> nn.Module:
-    "The module inside the wrappers of `torch.compile` and of data parallelism."
+    "The module inside the wrappers of `torch.compile` and of data parallelism. Raises `NiooddError` for no module."
+    if not isinstance(module, nn.Module):
+        what = getattr(module, "__name__", type(module).__name__)
+        raise NiooddError(f"the network is no nn.Module but {what}; expected a network, as net = Net()")
     while True:
         if "_orig_mod" in module._modules: module = module._orig_mod
         elif isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)): module = module.module
@@ -73,7 +79,8 @@ def prepared(
     transform=None, # See `read_preparation`; None: what is known of the network, and the fields
     **fields, # Of `Preparation`: `mean`, `std`, `size`, `channels`, …
 ) -> nn.Module: # `model` itself where nothing is said
-    "The network with its preparation. Raises `NiooddError` for a transform whose effect is not known."
+    "The network with its preparation. Raises `NiooddError` for no network, and a transform whose effect is not known."
+    unwrapped(model)
     given = {name: value for name, value in fields.items() if value is not None}
     if transform is None and not given: return model
     if unknown_names := given.keys() - {f.name for f in dataclass_fields(Preparation)}:
@@ -138,11 +145,14 @@ def check_images(
     if not isinstance(images, Tensor):
         raise NiooddError(f"images are a {type(images).__name__}; expected a tensor [B, C, H, W]; "
                           "torch.from_numpy makes one of an array")
+    if images.layout != torch.strided or images.is_meta or images.is_nested:
+        kind = "meta" if images.is_meta else str(images.layout).removeprefix("torch.")
+        raise NiooddError(f"images are a {kind} tensor; expected a dense one with its data; to_dense() makes one")
     _check_axes(images, model)
     if images.dtype == torch.uint8: return _check_size(images, model)
     if not images.is_floating_point():
         raise NiooddError(f"images have dtype {images.dtype}; expected uint8, or floating-point "
-                          "in [-1, 1]; convert with .to(torch.uint8)")
+                          "in [-1, 1]; convert levels 0 … 255 with .to(torch.uint8)")
     largest = images.abs().amax() if images.numel() else torch.zeros(())
     if largest <= 10: return
     if not largest.isfinite():
@@ -165,6 +175,9 @@ def as_input(
     if preparation is None: preparation = Preparation() if model is None else preparation_of(model)
     if model is None: return to_input(images, preparation) if images.dtype == torch.uint8 else images
     own = floating_tensor(model)
+    if own is not None and own.is_meta:
+        raise NiooddError(f"the weights of this {type(bare(model)).__name__} are on the device meta, without values; "
+                          "expected a network with its weights; load them first")
     dtype = torch.float32 if own is None else own.dtype
     x = images if own is None else images.to(own.device)
     x = (to_input(x, preparation) if x.dtype == torch.uint8 else x).to(dtype)
@@ -186,24 +199,37 @@ def _to_copies(value: object, copies: dict[int, object]) -> object:
     if isinstance(value, partial):
         arguments = [_to_copies(a, copies) for a in value.args]
         return partial(_to_copies(value.func, copies), *arguments, **value.keywords)
-    if type(value) is dict: return {k: _to_copies(v, copies) for k, v in value.items()}
+    if isinstance(value, dict):
+        new = copies[id(value)] = {} if type(value) is dict else shallow_copy(value) # An OrderedDict, say
+        new.update((k, _to_copies(v, copies)) for k, v in value.items())
+        return new
     if type(value) not in (list, tuple) or set(map(type, value)) <= _POINT_NOWHERE: return value
     return type(value)(_to_copies(v, copies) for v in value)
 
-# %% ../../nbs/core/08_forward.ipynb #c0d100ac
-def _knows_training(function: object) -> bool:
-    "Whether a function refers to a module that is in training mode."
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    modules = [getattr(value, "__self__", value) for value in cells] # Of a bound method whose it is
-    return any(isinstance(m, nn.Module) and any(part.training for part in m.modules()) for m in modules)
+# %% ../../nbs/core/08_forward.ipynb #1aed5004
+def _held_by(value: object) -> Iterable:
+    "What a value refers to: by a closure, as the owner of a method, in a container."
+    if isinstance(value, Mapping): return value.values()
+    if isinstance(value, (list, tuple, set)): return () if set(map(type, value)) <= _POINT_NOWHERE else value
+    if isinstance(value, partial): return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, MethodType): return value.__self__,
+    if isinstance(value, FunctionType): return [c.cell_contents for c in value.__closure__ or () if c != CellType()]
+    plain = isinstance(value, SimpleNamespace) or is_dataclass(value) and not isinstance(value, type)
+    return getattr(value, "__dict__", {}).values() if plain else ()
+
+def _reaches_training(value: object, copies: dict[int, object], steps: int = 4) -> bool:
+    "Whether a value refers, in a few steps, to a module that is in training mode and was copied."
+    if isinstance(value, nn.Module): return any(m.training and id(m) in copies for m in value.modules())
+    return steps > 0 and any(_reaches_training(v, copies, steps - 1) for v in _held_by(value))
 
 # %% ../../nbs/core/08_forward.ipynb #1d1524f4
-def _check_forward(module: nn.Module, copy: nn.Module) -> None:
-    "Raise `NiooddError` if a `forward` that was put into `module` would run in training mode in `copy`, too."
-    forward = vars(copy)["forward"]
-    if forward is not vars(module)["forward"] or not _knows_training(forward): return
-    raise NiooddError(f"the forward of this {type(module).__name__} was replaced by a function, and it is in "
-                      "training mode; expected eval mode; call model.eval() first")
+def _check_reach(module: nn.Module, copy: nn.Module, copies: dict[int, object]) -> None:
+    "Raise `NiooddError` if what `copy` holds beside its children would run the old modules in training mode."
+    for name in vars(copy).keys() - _OF_EVERY_MODULE:
+        value = vars(copy)[name]
+        if type(value) in _POINT_NOWHERE or not _reaches_training(value, copies): continue
+        raise NiooddError(f"the {name} of this {type(module).__name__}, a {type(value).__name__}, uses modules of the "
+                          "network, which is in training mode; expected eval mode; call model.eval() first")
 
 # %% ../../nbs/core/08_forward.ipynb #0a413d47
 class _Copier:
@@ -233,7 +259,7 @@ class _Copier:
         if self.mode is None or all(m.training == training for m in module.modules()): return module
         return module.copy().train(training)
 
-# %% ../../nbs/core/08_forward.ipynb #1aed5004
+# %% ../../nbs/core/08_forward.ipynb #9cb49d87
 def _replace(copier: _Copier, copy: nn.Module, weights: Mapping[str, Tensor], detach: bool) -> None:
     "Puts `weights` in the place of parameters of `copy`, and detaches the others if that is asked for."
     for k, p in copy.named_parameters():
@@ -244,11 +270,12 @@ def _replace(copier: _Copier, copy: nn.Module, weights: Mapping[str, Tensor], de
 
 def _redirect(copier: _Copier) -> None:
     "Makes what copies hold beside their children point at copies."
+    in_training = copier.mode == "eval" and any(old.training for old, _ in copier.done)
     for old, new in copier.done:
         state = vars(new)
         for k in state.keys() - _OF_EVERY_MODULE:
             if isinstance(state[k], _MAY_POINT): state[k] = _to_copies(state[k], copier.copies)
-        if copier.mode is not None and "forward" in state: _check_forward(old, new)
+        if in_training: _check_reach(old, new, copier.copies)
 
 # %% ../../nbs/core/08_forward.ipynb #31dd2b9c
 def _cloned(buffers: dict) -> dict: return {k: b if b is None else b.clone() for k, b in buffers.items()}
@@ -319,17 +346,27 @@ def as_logits(
     raise NiooddError(f"the classifier returned {what} for {n} images; expected logits [N, K]; "
                       "wrap it so that it returns them")
 
-# %% ../../nbs/core/08_forward.ipynb #9cb49d87
+# %% ../../nbs/core/08_forward.ipynb #c0d100ac
+def own_precision() -> ExitStack:
+    "Within the context there is no autocast."
+    context = ExitStack()
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device): context.enter_context(torch.autocast(device, enabled=False))
+    return context
+
+# %% ../../nbs/core/08_forward.ipynb #ceaee674
 def run_network(
     model: nn.Module, # Any network
     x: Tensor, # Images as the model takes them
 ) -> object: # Whatever it returns
-    "Runs the network. What it raises becomes a `NiooddError`."
-    try: return model(x)
+    "Runs the network, in its own precision. What it raises becomes a `NiooddError`."
+    try:
+        with own_precision(): return model(x)
     except NiooddError: raise
     except Exception as e: # Anybody's code
         dtype = str(x.dtype).removeprefix("torch.")
-        raise NiooddError(f"{type(bare(model)).__name__} cannot take {dtype} images {list(x.shape)}: it raised "
+        name = type(bare(model) if isinstance(model, nn.Module) else model).__name__
+        raise NiooddError(f"{name} cannot take {dtype} images {list(x.shape)}: it raised "
                           f"{type(e).__name__} ({one_line(e)}); check their size and channels") from e
 
 def call_network(
@@ -409,7 +446,14 @@ def logits_and_features(
     logits, seen = last_inputs(model, x)
     return logits, pooled([*seen.values()][-1])
 
-# %% ../../nbs/core/08_forward.ipynb #ceaee674
+# %% ../../nbs/core/08_forward.ipynb #3e605b7e
+def _temporary_file() -> BinaryIO:
+    try: return tempfile.TemporaryFile()
+    except OSError as e: # There is no folder for it, or no room
+        raise NiooddError(f"no temporary file can be made ({one_line(e)}); expected a folder for what does not fit "
+                          "into memory; set TMPDIR to one, or give a smaller n") from None
+
+# %% ../../nbs/core/08_forward.ipynb #c22787cf
 class KeptImages:
     "Images in a temporary file (in the folder TMPDIR), read in parts."
     def __init__(self,
@@ -419,7 +463,7 @@ class KeptImages:
         rows: Tensor | None = None, # int64 [N], the places of the images in the file
     ):
         self.image_shape, self.dtype = torch.Size(shape), dtype
-        self.file = tempfile.TemporaryFile() if file is None else file
+        self.file = _temporary_file() if file is None else file
         self.rows = torch.empty(0, dtype=torch.int64) if rows is None else rows
         self.bytes_each = math.prod(self.image_shape) * dtype.itemsize
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..core.detector import Detector, known_images
 from ..core.errors import NiooddError
-from ..core.forward import unwrapped
+from ..core.forward import own_precision, unwrapped
 from ..core.images import ImageSet, one_line
 from ..core.registry import patch
 from .baselines import BASELINES, FitData, Scorer, baseline_of, check_fit
@@ -63,7 +63,8 @@ def _fit_data(self: ScoreDetector, outputs: Outputs, images: Tensor, labels: Ten
 @patch
 def _tried(self: ScoreDetector, f: Callable, argument):
     "`f(argument)`. What it raises becomes a `NiooddError`: many scores come from other packages."
-    try: return f(argument)
+    try:
+        with own_precision(): return f(argument)
     except NiooddError: raise
     except Exception as e:
         raise NiooddError(f"{self.baseline.name} cannot be computed for this {type(unwrapped(self.model)).__name__} "
@@ -109,6 +110,9 @@ def fit(self: ScoreDetector,
     given = held_out is not None
     train, held_out = self._given(train, held_out, seed, n)
     learns = self.baseline.learns_from == "training"
+    if learns and not len(train):
+        raise NiooddError("train holds no ID images; expected some; an image with a label below 0 counts as OOD "
+                          "and is left out")
     self.see(train.images if learns else None, held_out.images, given)
     if self.baseline.learns_from == "held-out":
         known, held_out = _split(held_out, len(held_out) // 2, seed)

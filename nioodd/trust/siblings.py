@@ -10,7 +10,6 @@ __all__ = ['DISTRIBUTIONS', 'NORMAL_QUARTILE', 'VALUES_COMPARED', 'SAME_LOGITS',
 from collections.abc import Mapping
 from itertools import chain
 from numbers import Integral
-from threading import RLock
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from ..core.errors import NiooddError, unknown
 from ..core.forward import call_network, parameters_of, private_copy, run_network, unwrapped
 from ..core.registry import Registry, patch
-from .fast_siblings import Stacked
+from .fast_siblings import ForkableLock, Stacked
 
 # %% ../../nbs/trust/02_siblings.ipynb #7747b6ac
 # Name → a function (NumPy random generator, shape) → ε of that shape, with standard deviation 1, but see cauchy
@@ -207,14 +206,14 @@ class Siblings:
         self.distribution, self.original = distribution, original
         self.sigma = {k: s.detach().clone() for k, s in sigma.items()}
         self._drawn: _Drawn | None = None # None: to be drawn at the next use
-        self._drawing = RLock() # Held by the thread that draws
+        self._drawing = ForkableLock() # Held by the thread that draws
 
     def __len__(self) -> int: return self.n
 
     def __getstate__(self) -> dict: # For pickle and copy: the members are drawn again there
         return {k: v for k, v in vars(self).items() if k not in ("_drawn", "_drawing")}
 
-    def __setstate__(self, state: dict) -> None: vars(self).update(state, _drawn=None, _drawing=RLock())
+    def __setstate__(self, state: dict) -> None: vars(self).update(state, _drawn=None, _drawing=ForkableLock())
 
 # %% ../../nbs/trust/02_siblings.ipynb #eee30d02
 @patch

@@ -1,4 +1,5 @@
 """A detector as one file: the same verdicts under PyTorch's and ONNX's runtimes, nothing half written."""
+import copy
 import importlib
 import json
 import math
@@ -343,3 +344,41 @@ def test_without_onnx_one_line(detectors, tmp_path, monkeypatch):
     (tmp_path / "e.onnx").write_bytes(b"x")
     assert "pip install 'nioodd[onnx]'" in one_line(Exported, tmp_path / "e.onnx")
     assert export(detectors["garbage"], tmp_path / "d.pt2").difference.score <= 1e-5
+
+
+SOUND = dict(label=torch.zeros(2).long(), score=torch.zeros(2), ood=torch.zeros(2).bool())
+
+
+@pytest.mark.parametrize("change", [
+    dict(label=torch.tensor([0, 4])), dict(label=torch.tensor([-1, 0])), dict(label=torch.zeros(2)),
+    dict(label=torch.zeros(3).long()), dict(ood=torch.zeros(2)), dict(ood=torch.zeros(1).bool()), dict(score=None)])
+def test_what_a_file_says_is_a_verdict_on_each_image(written, change):
+    "A file may compute anything; rows that are too many would go to the names of other images."
+    e = copy.copy(written("garbage", ".pt2"))
+    e._run = lambda images, *rate: {k: v for k, v in (SOUND | change).items() if v is not None}
+    with pytest.raises(NiooddError, match="gives no verdict on 2 images"): e.verdict(images(2))
+    e._run = lambda images, *rate: SOUND | dict(score=torch.tensor([0.0, math.nan]))
+    assert e.verdict(images(2))["ood"].tolist() == [False, True]
+
+
+def test_an_error_of_the_runtime_is_one_line(written):
+    def fails(*args): raise RuntimeError("no room\nfor this")
+    e = copy.copy(written("garbage", ".pt2"))
+    e._run = fails
+    with pytest.raises(NiooddError, match="cannot judge 2 images .no room for this"): e.verdict(images(2))
+
+
+def test_onnx_reads_no_other_file(tmp_path, monkeypatch):
+    "A tensor may say that it lies in another file, beside the one that is read: in the working folder."
+    needs_onnx()
+    import onnx
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"secret").write_text("s" * 16)
+    kinds = onnx.TensorProto
+    tensor = kinds(name="w", data_type=kinds.UINT8, dims=[16], data_location=kinds.EXTERNAL)
+    tensor.external_data.add(key="location", value="secret")
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.UINT8, [16])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["y"])], "g", [], [out], [tensor])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9)
+    (tmp_path/"d.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(NiooddError, match="External data"): Exported("d.onnx")

@@ -1,5 +1,6 @@
 "Batch jobs: any number of files, interrupted, sharded, in three kinds of files; what is bad, what is not mixed."
 import csv
+import errno
 import json
 import os
 
@@ -316,3 +317,13 @@ def test_batches_of_somebody_else_give_the_rows_of_a_batch_job(detector, place):
                 same = value if isinstance(value, (str, bool)) else pytest.approx(value, rel=1e-4)
                 assert c[name][i].item() == same and not c["error"][i]
     assert [len(c["file"]) for c in columns] == [25, len(paths) - 25, 3, 1]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_full_disk_is_one_line_and_the_job_goes_on(detector, place, suffix, monkeypatch):
+    def fails(path, mode): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    out = place/f"rows{suffix}"
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "open", fails, raising=False)
+        with pytest.raises(NiooddError, match="No space left"): score_files(detector, [place/"files"], out=out)
+    assert score_files(detector, [place/"files"], out=out).judged == 60 == len(rows_of(out))

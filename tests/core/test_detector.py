@@ -4,14 +4,18 @@ import importlib
 import json
 import math
 import pkgutil
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from fake_sets import picture
+from sklearn.preprocessing import LabelEncoder
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from nioodd.core import detector as of_detectors
 from nioodd.core.detector import DETECTORS, Detector, all_images, detector_class, known_images
 from nioodd.core.errors import NiooddError
 from nioodd.core.forward import KeptImages, as_input, batches, is_channels_last, logits_of
@@ -146,6 +150,9 @@ def test_no_yes_or_no_without_a_threshold(network):
     (torch.zeros(2, 1, 8, 9), "[2, 1, 8, 9]"),
     (torch.zeros(2, *SHAPE).long(), "int64"),
     (images(2).float(), "reach"),
+    (images(2).bool(), "levels 0 … 255"),
+    (torch.zeros(2, *SHAPE).to_sparse(), "sparse"),
+    (torch.zeros(2, *SHAPE, device="meta"), "meta"),
     (torch.full((2, *SHAPE), float("nan")), "NaN")])
 def test_bad_images(detector, bad, word):
     with pytest.raises(NiooddError) as e: detector.predict(bad)
@@ -529,3 +536,93 @@ def test_a_loader_may_use_its_memory_again():
             yield buffer[:len(part)]
     x = images(200)
     assert torch.equal(all_images(reusing(x)), x)
+
+
+def test_pixels_as_a_loader_scales_them_are_no_bytes(network):
+    "What ToTensor gives lies in [0, 1]: a plausible range, but not the network's."
+    d = GarbageDetector(network).fit(held_out=images(60))
+    with pytest.raises(NiooddError, match="ToTensor"): d.predict(images(4) / 255)
+    for x in (images(4) / 127.5 - 1, images(4) / 255 + 1e-4, torch.zeros(4, *SHAPE)): d.predict(x)
+    GarbageDetector(network, mean=0, std=1).fit(held_out=images(60)).predict(images(4) / 255)
+    GarbageDetector(network).fit(held_out=images(60) / 255).predict(images(4) / 255)
+
+
+class Random(nn.Sequential):
+    def forward(self, x): return F.dropout(super().forward(x))
+
+
+class AmongOthers(nn.Sequential):
+    def forward(self, x):
+        z = super().forward(x)
+        return z - z.mean(0)
+
+
+@pytest.mark.parametrize("kind, said", [(Random, "other logits each time"), (AmongOthers, "images beside it"),
+                                        (nn.Sequential, None)])
+def test_a_network_that_has_no_answer_of_its_own(network, kind, said):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        GarbageDetector(kind(network)).fit(held_out=images(60))
+    assert [said in str(w.message) for w in found] == ([True] if said else [])
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True: yield images(10), torch.zeros(10).long()
+
+
+def test_a_loader_without_an_end(network, monkeypatch):
+    with pytest.warns(UserWarning, match="20 were drawn from its first 200"): found = known_images(Endless(), 20)
+    assert found[0].shape == (20, *SHAPE)
+    monkeypatch.setattr(of_detectors, "MOST_OF_A_STREAM", (300, 1e9))
+    with pytest.raises(NiooddError, match="given 310 images"): GarbageDetector(network).fit(held_out=Endless())
+    monkeypatch.setattr(of_detectors, "MOST_OF_A_STREAM", (300, 2000))
+    with pytest.raises(NiooddError, match="given 40 images and goes on"): known_images(x for x in Endless())
+    assert len(known_images([images(200), images(200)])[0]) == 400  # A list ends
+
+
+def test_autocast_around_a_detector_changes_nothing(detector):
+    with torch.autocast("cpu", dtype=torch.bfloat16): found = detector.predict(images(5))
+    assert torch.equal(found, detector.predict(images(5)))
+
+
+Y = torch.arange(6)
+LABELS = [Y, Y[:, None], Y.float(), Y.to(torch.uint16), F.one_hot(Y), F.one_hot(Y).float(), Y.tolist(), Y.numpy(),
+          Y.numpy().astype(np.int8), LabelEncoder().fit_transform([*"abcdef"])]
+
+
+@pytest.mark.parametrize("y", LABELS, ids=range(len(LABELS)))
+def test_forms_of_labels(y):
+    assert known_images((images(6), y))[1].tolist() == Y.tolist()
+    assert known_images([dict(pixel_values=images(6), labels=y)])[1].tolist() == Y.tolist()
+
+
+@pytest.mark.parametrize("y", [[*"abcdef"], torch.rand(6, 6), Y + 0.5, Y * math.nan, [None] * 6, Y.to(torch.complex64)])
+def test_what_are_no_labels_is_let_be(y):
+    x, labels = known_images([(images(6), y)])
+    assert torch.equal(x, images(6)) and labels is None
+
+
+def test_forms_of_batches():
+    x, y = images(6), Y
+    pairs = TensorDataset(x, y)
+    forms = [(x, y), pairs, DataLoader(pairs, 4), ((x[i:i + 2], y[i:i + 2]) for i in (0, 2, 4)),
+             [dict(image=x, label=y)], [dict(x=x, y=y)], [(x, y, [*"abcdef"])], [[x, y]]]
+    for form in forms:
+        found, labels = known_images(form)
+        assert torch.equal(found, x) and torch.equal(labels, y)
+    for form in (x, [x[:3], x[3:]], [(x,)], [dict(img=x)]):
+        found, labels = known_images(form)
+        assert torch.equal(found, x) and labels is None
+    for wrong in (x.numpy(), "abc", None, 3, [None], [dict(foo=x)], [x.numpy()], (x.numpy(), y)):
+        with pytest.raises(NiooddError, match="images are a"): known_images(wrong)
+
+
+@pytest.mark.parametrize("no_network", [None, nn.Linear, len, "C1"])
+def test_what_is_no_network_is_one_line(no_network):
+    with pytest.raises(NiooddError, match="no nn.Module"): GarbageDetector(no_network)
+    with pytest.raises(NiooddError, match="no nn.Module"): logits_of(no_network, images(2))
+
+
+def test_a_network_without_values_is_one_line():
+    with pytest.raises(NiooddError, match="on the device meta"): logits_of(Classifier(4, size=8).to("meta"), images(2))

@@ -1,7 +1,12 @@
 """The one forward pass: logits and features of any network."""
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
+from nioodd.core.errors import NiooddError
 from nioodd.core.forward import (
     KeptImages,
     Prepared,
@@ -107,3 +112,33 @@ def test_a_preparation_is_not_put_round_another():
         with pytest.raises(ValueError, match="preparation already"): Prepared(inner, Preparation())
     colour = prepared(torch.nn.Conv2d(3, 4, 1), mean=(0.1, 0.2, 0.3))
     with pytest.raises(ValueError, match="expected images in colour"): as_input(bytes_of(2), colour)
+
+
+class Elsewhere(nn.Module):
+    "Its forward is a part of itself, which it holds in some way."
+    def __init__(self, holder):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+        self.held = holder(self.body)
+    def forward(self, x): return getattr(self.held, "run", self.held)(x)
+
+
+HOLDERS = {"closure": lambda body: lambda x: body(x), "partial": lambda body: partial(nn.Sequential.forward, body),
+           "namespace": lambda body: SimpleNamespace(run=body), "method": lambda body: body.forward}
+
+
+@pytest.mark.parametrize("how", HOLDERS)
+def test_what_a_module_holds_does_not_run_in_training_mode(how):
+    "Either a copy of it runs, in eval mode, or one line says why it cannot."
+    net, x = Elsewhere(HOLDERS[how]).eval(), torch.randn(6, 1, 4, 4)
+    expected = net(x).detach()
+    assert torch.equal(logits_of(net, x), expected)
+    if how in ("closure", "namespace"):
+        with pytest.raises(NiooddError, match="the held of this Elsewhere"): logits_of(net.train(), x)
+    else: assert torch.equal(logits_of(net.train(), x), expected)
+
+
+def test_no_folder_for_temporary_files_is_one_line(monkeypatch):
+    def fails(): raise FileNotFoundError("no usable temporary directory")
+    monkeypatch.setattr("tempfile.TemporaryFile", fails)
+    with pytest.raises(NiooddError, match="TMPDIR"): KeptImages((1, 4, 4), torch.uint8)

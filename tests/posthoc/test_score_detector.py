@@ -246,3 +246,9 @@ def test_a_file_without_one_of_its_parts(lost, fitted, tmp_path):
     head = {k: v for k, v in description.items() if k not in ("format", "nioodd", "sha256")}
     write_detector(tmp_path, head, tensors)
     assert f"lacks {lost}" in one_line(Detector.load, tmp_path, narrow())
+
+
+@pytest.mark.parametrize("none", [[], [(torch.zeros(3, 1, SIZE, SIZE).byte(), torch.full((3,), -1))]])
+def test_no_training_images_is_one_line(none, held_out):
+    net = Classifier(K, size=SIZE).eval()
+    with pytest.raises(NiooddError, match="train holds no ID images"): ScoreDetector(net, "vim").fit(none, held_out)
