@@ -15,8 +15,8 @@ from nioodd.app.cli import COMMANDS, argument, main, parser
 from nioodd.inversion.detector import GarbageDetector
 
 WORDS = ["run", "train", "trust fit", "trust compare", "guard", "export", "page", "explore", "score", "data", "report",
-         "bench ood", "bench photographs", "bench loop", "bench trust", "bench neighbours", "bench worth", "bench stream",
-         "bench detectors"]
+         "bench ood", "bench photographs", "bench loop", "bench trust", "bench neighbours", "bench worth",
+         "bench stream", "bench detectors"]
 
 
 @pytest.fixture(scope="module")
