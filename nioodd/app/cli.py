@@ -791,7 +791,7 @@ def _bench_bridge(out: Path, a: argparse.Namespace) -> None:
     argument("--networks", default="cifar10-split0-seed0", metavar="A,B",
              help="of heads: folders of `nioodd train` in --models"),
     argument("--models", default="runs", metavar="FOLDER", help="where they are"),
-    argument("--seeds", default="0,1,2,3,4", metavar="0,1", help="one pair for each"),
+    argument("--seeds", default="0,1,2,3,4,5", metavar="0,1", help="one pair for each"),
     argument("--out", default="results", metavar="FOLDER", help="STUDY.json goes there; rows that it has stay"),
     ROOT,
     help="what inversion is worth: runs beside controls that differ in nothing else")
