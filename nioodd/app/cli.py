@@ -744,7 +744,7 @@ def _bench_loop(a: argparse.Namespace) -> int:
     from nioodd.speed.loop import bench_loop
     return _print_speed(a, "loop", bench_loop(_device(a.device)))
 
-# %% ../../nbs/app/05_cli.ipynb #0962b805
+# %% ../../nbs/app/05_cli.ipynb #2a6e18fc
 @command("bench trust", NETWORKS, CELLS, _seconds("row", 20),
     argument("--members", default="2,10", metavar="2,10", help="numbers of siblings"),
     argument("--batches", default="1,64,256", metavar="1,64", help="images at a time"),
@@ -757,6 +757,7 @@ def _bench_trust(a: argparse.Namespace) -> int:
     report = bench_trust(_device(a.device), networks, members, batches, **_limit(a))
     return _print_speed(a, "trust", report, "networks", "members", "batches", "seconds")
 
+# %% ../../nbs/app/05_cli.ipynb #0962b805
 @command("bench neighbours",
     argument("chapter", choices=("beliefs", "reconstruct", "sat", "surrogate", "bridge", "gp", "relatives"),
              help="whose figures; bridge is the second half of surrogate"),
@@ -785,6 +786,7 @@ def _bench_bridge(out: Path, a: argparse.Namespace) -> None:
     folders = [Path(a.models) / f"C1-seed{seed}" for seed in range(3)]
     bench_bridge(out, [load_classifier(folder)[0] for folder in folders], recipe_data(read_recipe(folders[0]), a.root))
 
+# %% ../../nbs/app/05_cli.ipynb #d42bebbf
 @command("bench worth",
     argument("study", choices=("pairs", "heads"),
              help="pairs: the whole loop beside its control; heads: on the fixed backbones of --networks"),
@@ -805,6 +807,7 @@ def _bench_worth(a: argparse.Namespace) -> int:
     print(f"results   {out}")
     return 0
 
+# %% ../../nbs/app/05_cli.ipynb #d7ec916d
 @command("bench stream",
     argument("--out", metavar="FILE", default="stream.json", help="the JSON file"),
     argument("--sizes", default="32,224", metavar="32,224", help="of the images, pixels"),
@@ -815,6 +818,7 @@ def _bench_stream(a: argparse.Namespace) -> int:
     print(stream_table(bench_stream(a.out, _numbers("--sizes", a.sizes), _numbers("--images", a.images))))
     return 0
 
+# %% ../../nbs/app/05_cli.ipynb #84dfac08
 @command("bench detectors", NETWORKS, CELLS, _seconds("detector", 10), DEVICE,
     help="how fast: each detector beside pytorch-ood's own call of it")
 def _bench_detectors(a: argparse.Namespace) -> int:

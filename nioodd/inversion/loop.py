@@ -451,22 +451,29 @@ def invert(self: Loop) -> tuple[dict, Tensor]: # Numbers; images to exclude uint
 
 # %% ../../nbs/inversion/05_loop.ipynb #e219ad6e
 @patch
-def _add_noise(self: Loop) -> tuple[dict, Tensor]:
+def _control(self: Loop) -> tuple[dict, Tensor]:
     "The control's counterpart of `invert`."
     n = self.config.samples + self.config.pixel_images
     return dict(seconds=dict(generate=0.0, draw=0.0)), self.make_noise(n)
 
 # %% ../../nbs/inversion/05_loop.ipynb #12ad369b
 @patch
+def add(self: Loop) -> dict: # Numbers
+    "Inverts, or makes noise in a control. What is found joins the garbage."
+    report, images = self.invert() if self.config.inversion else self._control()
+    self.found.append(images)
+    return report
+
+# %% ../../nbs/inversion/05_loop.ipynb #8b2009dc
+@patch
 def round(self: Loop) -> dict:
     """One round: invert, exclude, train, judge; its row of the log.
 
     Raises `NiooddError` if a loss is not finite; the state is then unusable."""
-    report, images = self.invert() if self.config.inversion else self._add_noise()
-    self.found.append(images)
+    report = self.add()
     row, seconds = self._train_and_judge(self.config.epochs_per_round)
     seconds = report.pop("seconds") | seconds
-    report |= dict(excluded=len(images), **row, seconds=seconds)
+    report |= dict(excluded=len(self.found[-1]), **row, seconds=seconds)
     self.rows.append(dict(round=len(self.rows)) | report)
     return self.rows[-1]
 

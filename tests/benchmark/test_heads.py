@@ -69,8 +69,26 @@ def test_a_row_is_a_function_of_its_seed(features):
     assert first == second and first != heads.head_row(features, "mixtures", 2, OPTIONS)
 
 
+def test_between_makes_as_many_of_two_classes_as_of_three(features):
+    two = features.labels < 2
+    few = features._replace(train=features.train[two], labels=features.labels[two])
+    with seeded(0): loop = heads.HeadLoop(few, "between", OPTIONS)
+    for seed in range(20):
+        with seeded(seed): assert len(loop.between(25)) == 25  # Half of the pairs that are drawn have one class
+
+
 def test_unknown_arm(features):
     with pytest.raises(NiooddError, match="mixtures"): heads.HeadLoop(features, "mixture")
+
+
+def test_too_little_noise_is_no_smaller_control(features):
+    with pytest.raises(NiooddError, match="60 features of noise; expected 61"):
+        heads.HeadLoop(features, "noise", heads.HeadOptions(noise=61))
+
+
+def test_one_known_class(features):
+    one = features._replace(labels=torch.zeros_like(features.labels))
+    with pytest.raises(NiooddError, match="1 known class"): heads.HeadLoop(one, "between", OPTIONS)
 
 
 def test_unknown_sets():
@@ -80,7 +98,7 @@ def test_unknown_sets():
 
 
 def test_wrong_options():
-    with pytest.raises(NiooddError, match="rounds"): heads.HeadOptions(rounds=-1)
+    with pytest.raises(NiooddError, match="rounds"): heads.HeadOptions(rounds=0)
 
 
 def test_rows_of_a_trained_backbone(tmp_path, monkeypatch):

@@ -60,6 +60,16 @@ def test_too_few_pairs(a, b):
     with pytest.raises(NiooddError, match="expected two pairs or more"): worth.paired_effect(a, b)
 
 
+def test_many_pairs_come_to_an_end_and_to_the_same_p():
+    d = np.random.default_rng(0).normal(0.1, 1, 40)
+    first, second = (worth.paired_effect(d, np.zeros(40)) for _ in range(2))
+    assert first == second and 0 < first.p < 1
+
+
+def test_unknown_wish():
+    with pytest.raises(NiooddError, match="hard"): worth.Regime("digits", "hrad").config
+
+
 def test_effect_of_takes_the_seeds_that_have_both_arms():
     def row(arm, seed, x): return dict(arm=arm, seed=seed, sets=dict(a=dict(fpr95_id_positive=x)))
     rows = [row("hard", 0, 1), row("hard", 1, 2), row("hard", 2, 99), row("control", 1, 0), row("control", 0, 3)]
